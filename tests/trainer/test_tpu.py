@@ -1,0 +1,66 @@
+import pytest
+
+from trainer.tpu import CHIPS, current_chip, parse_accelerator_type
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "chip", "chips", "hosts"),
+    [
+        ("v4-8", "v4", 4, 1),
+        ("v4-32", "v4", 16, 4),
+        ("v5litepod-1", "v5e", 1, 1),
+        ("v5litepod-8", "v5e", 8, 1),
+        ("v5litepod-16", "v5e", 16, 4),
+        ("v5e-256", "v5e", 256, 64),
+        ("v5p-8", "v5p", 4, 1),
+        ("v5p-128", "v5p", 64, 16),
+        ("v5p-256", "v5p", 128, 32),
+        ("v5p-12288", "v5p", 6144, 1536),
+        ("v6e-8", "v6e", 8, 1),
+        ("v6e-256", "v6e", 256, 64),
+    ],
+)
+def test_the_number_in_the_name(accelerator_type: str, chip: str, chips: int, hosts: int) -> None:
+    assert parse_accelerator_type(accelerator_type) == (CHIPS[chip], chips, hosts)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_every_slice_has_a_name_that_is_understood(chip) -> None:
+    for chips in chip.slice_chips:
+        found, count, hosts = parse_accelerator_type(chip.accelerator_type(chips))
+        assert (found, count) == (chip, chips)
+        assert chips / hosts in (1, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("accelerator_type", "said"),
+    [
+        ("v3-8", ["'v3-8'", "v4-N, v5e-N, v5p-N, v6e-N"]),
+        ("v5p", ["'v5p'", "v5p-128"]),
+        ("", ["''", "v5p-128"]),
+        ("v5p-9", ["'v5p-9'", "TensorCores", "8, 16, 32, 64, 128", "12288"]),
+        ("v5p-100", ["'v5p-100'", "8, 16, 32, 64, 128"]),
+        ("v6e-512", ["'v6e-512'", "chips", "1, 4, 8, 16, 32, 64, 128, 256"]),
+    ],
+)
+def test_what_is_unknown_is_refused_with_what_is_known(
+    accelerator_type: str, said: list[str]
+) -> None:
+    with pytest.raises(ValueError, match="accelerator type") as caught:
+        parse_accelerator_type(accelerator_type)
+    for part in said:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "chip"),
+    [
+        ({"PJRT_DEVICE": "TPU", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}, CHIPS["v5e"]),
+        ({"PJRT_DEVICE": "TPU", "TPU_ACCELERATOR_TYPE": ""}, None),
+        ({"PJRT_DEVICE": "TPU"}, None),
+        ({"PJRT_DEVICE": "CPU", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}, None),
+        ({}, None),
+    ],
+)
+def test_the_chip_of_this_machine(environ: dict[str, str], chip) -> None:
+    assert current_chip(environ) == chip

@@ -1,0 +1,122 @@
+"""Command-line flags from dataclasses: one flag for each field, described by its annotation.
+
+``steps: Annotated[int, "how many steps", AtLeast(1)] = 10`` is the flag ``--steps``. A field
+without a default is required. Hugging Face's HfArgumentParser does the like, with transformers.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
+
+_BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work; the message says what, and what to do about it."""
+
+
+class AtLeast(NamedTuple):
+    """The smallest value that a number may have."""
+
+    value: float
+
+
+def parse_flags(argv: list[str], prog: str, groups: Iterable[type]) -> list[Any]:
+    """Return one instance of each dataclass in ``groups``, filled from ``argv``.
+
+    Fields are Path, str, int, float, bool or a Literal of strings, or one of them ``| None``.
+    Raises BadInput for an unknown or missing flag and for a value its field does not allow.
+    """
+    # Absent flags stay absent: the dataclasses alone hold the defaults.
+    parser = _Parser(prog=prog, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        for field, kind, help_text, least in _fields(group):
+            options: dict[str, Any] = {"type": _converter(kind, least), "help": help_text}
+            if field.default not in (dataclasses.MISSING, None, "", False):
+                options["help"] += f" (default: {field.default})"
+            if choices := _choices(kind):
+                options["metavar"] = f"{{{','.join(choices)}}}"
+            if kind is bool:
+                options |= {"nargs": "?", "const": True}
+            section.add_argument(f"--{field.name}", **options)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [f"--{field.name}" for group in groups for field in dataclasses.fields(group)]
+        raise BadInput(
+            f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0].partition('=')[0], known)} "
+            "--help lists all flags"
+        )
+    return [_fill(group, vars(namespace)) for group in groups]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean X?`` for the known name most like ``name``, or nothing if none is."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message.removeprefix("argument "))
+
+
+def _fields(group: type) -> Iterable[tuple[dataclasses.Field, Any, str, float]]:
+    """Yield each field with its type (X for ``X | None``), its help and its least value."""
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        kind, help_text, *bounds = get_args(hints[field.name])
+        if isinstance(kind, types.UnionType):
+            kind = get_args(kind)[0]
+        yield field, kind, help_text, bounds[0].value if bounds else -math.inf
+
+
+def _fill(group: type, given: dict[str, Any]) -> Any:
+    fields = dataclasses.fields(group)
+    missing = [
+        f"--{field.name}"
+        for field in fields
+        if field.default is dataclasses.MISSING and field.name not in given
+    ]
+    if missing:
+        raise BadInput(f"{' and '.join(missing)} missing; --help says what to give")
+    return group(**{field.name: given[field.name] for field in fields if field.name in given})
+
+
+def _choices(kind: Any) -> dict[str, Any]:
+    """Return the texts that a boolean or a Literal may be given as, with what they mean."""
+    return _BOOLEANS if kind is bool else {choice: choice for choice in get_args(kind)}
+
+
+def _converter(kind: Any, least: float) -> Callable[[str], Any]:
+    """Return the function that turns a flag's text into a value of type ``kind``."""
+    choices = _choices(kind)
+
+    def choice(text: str) -> Any:
+        if text.lower() not in choices:
+            allowed = ", ".join(map(repr, choices))
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; allowed are {allowed}")
+        return choices[text.lower()]
+
+    def number(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least:
+            name = "an integer" if kind is int else "a number"
+            bound = f", at least {least}" if math.isfinite(least) else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be {name}{bound}")
+        return value
+
+    def path(text: str) -> Path:
+        if not text:
+            raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
+        return Path(text).expanduser()
+
+    return choice if choices else {int: number, float: number, Path: path}.get(kind, str)

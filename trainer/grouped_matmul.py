@@ -1,0 +1,138 @@
+"""Grouped matrix products, the two kernels under every expert mode but ``static``.
+
+Rows are sorted by group; ``group_sizes`` says how many belong to each. Two kernels, two back ends:
+
+* ``pallas_megablox``: JAX's Megablox Pallas kernels, on TPU.
+* ``grouped_loop``: the same products as XLA loops whose work grows with the rows, anywhere else.
+"""
+
+import jax
+import jax.numpy as jnp
+import torch
+import torch.nn.functional as F
+import torch_xla.core.xla_builder as xb
+import torch_xla.experimental.custom_kernel as pallas
+import torch_xla.runtime as xr
+
+# Rows of one dot in the loop: large enough to amortise the loop, small enough that the last, partly
+# filled block of an expert costs little.
+BLOCK_ROWS = 128
+# Megablox tiles (rows, k, n). torch_xla's own choice overflows a chip's VMEM at Mixtral's sizes.
+TILING = (512, 1024, 1024)
+ROW_TILE = 128  # Megablox wants whole row tiles: rows are padded to a multiple of this.
+
+
+def kernel() -> str:
+    """Return the name of the back end that grouped products run on here."""
+    return "pallas_megablox" if xr.device_type() == "TPU" else "grouped_loop"
+
+
+def grouped_matmul(lhs_MK: torch.Tensor, rhs_GNK: torch.Tensor, group_sizes_G: torch.Tensor):
+    """Multiply every group of rows with its own matrix: ``out[m] = lhs[m] @ rhs[group(m)].T``.
+
+    Args:
+        lhs_MK: rows sorted by group, floating point.
+        rhs_GNK: one matrix a group, in the layout of ``torch.nn.Linear``, same dtype as ``lhs_MK``.
+        group_sizes_G: int32, rows per group; sums to M.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``lhs_MK``. Differentiable in ``lhs_MK`` and ``rhs_GNK``.
+    """
+    return _GroupedMatmul.apply(lhs_MK, rhs_GNK, group_sizes_G)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lhs, rhs, sizes):
+        ctx.save_for_backward(lhs, rhs, sizes)
+        return _gmm(lhs, rhs, sizes, transpose_rhs=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        lhs, rhs, sizes = ctx.saved_tensors
+        return (
+            _gmm(gradient, rhs, sizes, transpose_rhs=False),
+            _tgmm(gradient, lhs, sizes),
+            None,
+        )
+
+
+def _gmm(lhs, rhs, sizes, *, transpose_rhs: bool):
+    if kernel() == "grouped_loop":
+        return xb.call_jax(_loop_gmm_transposed if transpose_rhs else _loop_gmm, (lhs, rhs, sizes))
+    rows = lhs.shape[0]
+    lhs = _pad_rows(lhs)
+    return pallas.gmm(lhs, rhs, sizes, _tiling(lhs), transpose_rhs=transpose_rhs)[:rows]
+
+
+def _tgmm(lhs, rhs, sizes):
+    """``out[g] = lhs[rows of g].T @ rhs[rows of g]``, ``[M, N], [M, K] -> [G, N, K]``."""
+    if kernel() == "grouped_loop":
+        return xb.call_jax(_loop_tgmm, (lhs, rhs, sizes))
+    lhs, rhs = _pad_rows(lhs), _pad_rows(rhs)
+    return pallas.tgmm(lhs.t(), rhs, sizes, _tiling(lhs))
+
+
+def _pad_rows(rows: torch.Tensor) -> torch.Tensor:
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ROW_TILE))
+
+
+def _tiling(lhs: torch.Tensor) -> tuple[int, int, int]:
+    return (TILING[0] if lhs.shape[0] % TILING[0] == 0 else ROW_TILE, *TILING[1:])
+
+
+def _for_each_block(sizes: jax.Array, group: jax.Array, body, init):
+    """Run ``body(first_row, rows_left, carry)`` over the row blocks of one group."""
+    end = jnp.cumsum(sizes)[group]
+    start = end - sizes[group]
+    blocks = (sizes[group] + BLOCK_ROWS - 1) // BLOCK_ROWS
+
+    def block(index, carry):
+        first = start + index * BLOCK_ROWS
+        return body(first, end - first, carry)
+
+    return jax.lax.fori_loop(0, blocks, block, init)
+
+
+def _loop_gmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+    rows, width = lhs.shape[0], rhs.shape[2]
+    # A block may reach past its group, even past the last row: the next group overwrites what the
+    # previous one spilled, and one spare block behind the end takes the last spill.
+    lhs = jnp.pad(lhs, ((0, BLOCK_ROWS), (0, 0)))
+
+    def group(index, out):
+        # XLA's CPU dots compute in fp32; the barrier keeps the conversion (and for the transposed
+        # form the transposition) out of the loop over blocks.
+        weight = jax.lax.optimization_barrier(rhs[index].astype(jnp.float32))
+
+        def block(first, _, out):
+            x = jax.lax.dynamic_slice_in_dim(lhs, first, BLOCK_ROWS).astype(jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(
+                out, (x @ weight).astype(out.dtype), first, axis=0
+            )
+
+        return _for_each_block(sizes, index, block, out)
+
+    out = jnp.zeros((rows + BLOCK_ROWS, width), lhs.dtype)
+    return jax.lax.fori_loop(0, rhs.shape[0], group, out)[:rows]
+
+
+def _loop_gmm_transposed(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+    return _loop_gmm(lhs, jnp.swapaxes(rhs, 1, 2), sizes)
+
+
+def _loop_tgmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+    lhs, rhs = (jnp.pad(x, ((0, BLOCK_ROWS), (0, 0))) for x in (lhs, rhs))
+
+    def group(index, out):
+        def block(first, rows_left, total):
+            x = jax.lax.dynamic_slice_in_dim(lhs, first, BLOCK_ROWS).astype(jnp.float32)
+            y = jax.lax.dynamic_slice_in_dim(rhs, first, BLOCK_ROWS).astype(jnp.float32)
+            inside = jnp.arange(BLOCK_ROWS)[:, None] < rows_left
+            return total + jnp.where(inside, x, 0).T @ y
+
+        total = _for_each_block(sizes, index, block, jnp.zeros(out.shape[1:], jnp.float32))
+        return jax.lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), index, axis=0)
+
+    out = jnp.zeros((sizes.shape[0], lhs.shape[1], rhs.shape[1]), lhs.dtype)
+    return jax.lax.fori_loop(0, sizes.shape[0], group, out)
