@@ -43,7 +43,8 @@ def run(arguments: Arguments) -> int:
 
     training, block_size = arguments.training, arguments.data.block_size
     devices = xr.global_runtime_device_count()
-    check_devices(arguments, devices)
+    chip = tpu.current_chip()
+    check_devices(arguments, devices, chip)
     blocks = data.blocks(arguments)
     batch = training.per_device_train_batch_size
     epoch_steps = data.steps_per_epoch(blocks, batch, training.dataloader_drop_last)
@@ -63,10 +64,9 @@ def run(arguments: Arguments) -> int:
 
     training.output_dir.mkdir(parents=True, exist_ok=True)
     total, active = metrics.parameter_counts(arguments.config)
-    chip = tpu.current_chip()
     summary = {
         "model": {
-            "name": arguments.model.config_name.stem,
+            "name": arguments.config.get("_name_or_path") or arguments.model.config_name.stem,
             "params_total": total,
             "params_active": active,
             "block_size": block_size,

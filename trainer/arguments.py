@@ -85,7 +85,9 @@ class TrainingArguments:
     save_strategy: Annotated[Literal["no"], "when to save checkpoints"] = "no"
     logging_strategy: Annotated[Literal["no", "steps"], "when to print a line"] = "steps"
     logging_steps: Annotated[int, "print a line every so many steps", AtLeast(1)] = 1
-    fsdp: Annotated[Literal["", "full_shard"], "shard every parameter over all devices"] = ""
+    fsdp: Annotated[
+        Literal["full_shard"], "shard every parameter over all devices; there is no other way yet"
+    ] = "full_shard"
     fsdp_config: Annotated[Path | None, "the fsdp_config.json"] = None
     dataloader_drop_last: Annotated[
         bool, "drop an epoch's incomplete last batch, do not complete it from the epoch's beginning"
