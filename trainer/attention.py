@@ -8,11 +8,12 @@ import torch_xla.experimental.custom_kernel as pallas
 import torch_xla.runtime as xr
 from transformers import AttentionInterface, MixtralConfig
 
-FLASH, DENSE = "flash", "dense"
+# A name with "flash" in it makes transformers look for a package to import.
+FLASH, DENSE = "pallas", "dense"
 
 
 def register() -> None:
-    """Make ``flash`` and ``dense`` known to transformers as ``attn_implementation``."""
+    """Make both known to transformers as ``attn_implementation``."""
     AttentionInterface.register(FLASH, flash)
     AttentionInterface.register(DENSE, dense)
 

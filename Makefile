@@ -1,0 +1,104 @@
+# The few commands of every day. Each does the set-up that it needs by itself.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+# The Python that .venv is made with; never the one in .venv, also where that is active
+PYTHON ?= $(shell PATH="$${PATH//$(CURDIR)\/.venv\/bin:/}" command -v python3)
+IMAGE ?= mixtral-trainer:release
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+READY := .venv/ready
+
+##@ Use it
+.PHONY: train
+train: $(READY) ## Set everything up, then train a small Mixtral on this machine
+	ansible-playbook site.yml
+	ansible-playbook train.yml -e gmm=true
+
+.PHONY: stop
+stop: $(READY) ## Stop the training on this machine
+	ansible-playbook stop.yml
+
+.PHONY: setup
+setup: $(READY) ## Make .venv, the controller's environment
+
+##@ Check it
+.PHONY: test
+test: quick site test-stack molecule e2e ## Set everything up, then run every check
+
+.PHONY: quick
+quick: lint unit ## Lint and unit tests: what needs no engine and no image
+
+.PHONY: lint
+lint: $(READY) ## Python, Ansible, and whether generated files are up to date
+	ruff check
+	ruff format --check
+	ansible-lint
+	python -m docs.generate --check
+
+.PHONY: unit
+unit: $(READY) ## Unit tests
+	pytest
+
+.PHONY: site
+site: $(READY) ## Bring this machine to the described state: engine, configuration, trainer image
+	ansible-playbook site.yml
+
+# One process per device count: XLA reads it once.
+.PHONY: test-stack
+test-stack: $(READY) ## The trainer's own tests, inside its image, on this tree
+	for devices in 1 4; do \
+	  docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
+	    --env CPU_NUM_DEVICES=$$devices --env PYTHONDONTWRITEBYTECODE=1 \
+	    --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider tests/trainer/stack; \
+	done
+
+.PHONY: molecule
+molecule: $(READY) ## The playbooks against a simulated worker
+	molecule test --all --no-command-borders
+
+.PHONY: e2e
+e2e: $(READY) ## A short training run from end to end
+	pytest --exitfirst --capture=no tests/end_to_end
+
+##@ Work on it
+.PHONY: docs
+docs: $(READY) ## Write the generated documentation: roles' READMEs, docs/variables.md
+	python -m docs.generate
+
+.PHONY: lock
+lock: $(READY) ## Write the lock files anew, with the newest versions that pyproject.toml allows
+	$(COMPILE) --output-file requirements.txt
+	$(COMPILE) --extra dev --output-file requirements-dev.txt
+	PATH="$(PATH)" container/requirements/lock.sh
+
+COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --no-emit-index-url \
+  --python-version 3.11 --custom-compile-command 'make lock'
+
+.PHONY: clean
+clean: ## Remove what set-up and tests have left; the trainer image and runs/ stay
+	ansible-playbook -i molecule/shared/inventory molecule/shared/destroy.yml -e slice_keep_images=false
+	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache
+
+.PHONY: help
+help:
+	@awk 'BEGIN { FS = ":.*## " } \
+	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	  /^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+# pip itself stays outside: Debian's Python puts it into a virtualenv only where python3-venv is
+# installed. The dots say that it moves, one for each package.
+$(READY): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed. Try make PYTHON=python3.11")'
+	@echo "Making .venv with $$($(PYTHON) --version), about half a minute"
+	@$(PYTHON) -m venv --without-pip .venv
+	@$(PYTHON) -m pip --python .venv/bin/python install --require-hashes --progress-bar off \
+	  --requirement requirements-dev.txt 2> .venv/pip.log \
+	  | awk '/^Collecting/ { printf "."; fflush() } END { print "" }' \
+	  || { cat .venv/pip.log >&2; exit 1; }
+	@touch $@

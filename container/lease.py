@@ -1,0 +1,143 @@
+"""Run a command under a lease: it ends when nobody renews the lease any more.
+
+    python lease.py --lease FILE --seconds 300 --grace 30 --log FILE -- COMMAND [ARGUMENT ...]
+
+Whoever follows the command touches the lease file now and then. When the file has not changed for
+`--seconds`, the command's process group gets SIGTERM and, `--grace` seconds later, SIGKILL. So a
+follower that was interrupted, killed or cut off leaves nothing running. Time is counted from the
+moment a change was seen, on the monotonic clock: a clock that is set meanwhile does no harm.
+
+The command's output goes both to stdout and, appended, to the log. SIGTERM and SIGINT are passed
+on. The exit code is the command's own, or 128 + n when signal n ended it.
+"""
+
+import argparse
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+POLL_SECONDS = 0.5
+
+
+class Lease:
+    """A file that somebody touches for as long as the command is wanted."""
+
+    def __init__(self, path: Path, seconds: float):
+        self.path = path
+        self.seconds = seconds
+        self._modified = self._read()
+        self._renewed = time.monotonic()
+
+    def expired(self) -> bool:
+        """Whether the file has not changed for `seconds`; one that is gone counts as unchanged."""
+        modified = self._read()
+        if modified is not None and modified != self._modified:
+            self._modified = modified
+            self._renewed = time.monotonic()
+        return time.monotonic() - self._renewed > self.seconds
+
+    def _read(self) -> int | None:
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError:
+            return None
+
+
+class Output:
+    """Copies bytes to stdout and to the log; one that cannot be written does not stop the other."""
+
+    def __init__(self, log: BinaryIO):
+        self._sinks = [open(sys.stdout.fileno(), "wb", buffering=0, closefd=False), log]
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data` to every sink that still takes it."""
+        for sink in list(self._sinks):
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[sink.write(rest) :]
+            except OSError as error:
+                self._sinks.remove(sink)
+                self.say(f"{sink.name}: {error.strerror}; nothing more is written there")
+
+    def say(self, message: str) -> None:
+        """Add a line of the supervisor's own."""
+        self.write(f"lease: {message}\n".encode())
+
+
+def supervise(command: list[str], lease: Lease, grace: float, output: Output) -> int:
+    """Run `command` to its end, or to the end of the lease. Returns the exit code."""
+    try:
+        # A session of its own, so that all it starts can be ended together.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+        )
+    except OSError as error:
+        output.say(f"cannot start {command[0]}: {error.strerror}")
+        return 127 if isinstance(error, FileNotFoundError) else 126
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: _signal_group(child.pid, number))
+
+    os.set_blocking(child.stdout.fileno(), False)
+    selector = selectors.DefaultSelector()
+    selector.register(child.stdout, selectors.EVENT_READ)
+    kill_at = None
+    while child.poll() is None:
+        if selector.get_map():
+            for key, _ in selector.select(POLL_SECONDS):
+                data = key.fileobj.read(1 << 16)
+                if data:
+                    output.write(data)
+                elif data == b"":
+                    selector.unregister(key.fileobj)
+        else:
+            time.sleep(POLL_SECONDS)
+        if kill_at is None and lease.expired():
+            output.say(
+                f"{lease.path} was not renewed for {lease.seconds:g} s: "
+                f"nobody follows this run any more. Sending SIGTERM, in {grace:g} s SIGKILL"
+            )
+            _signal_group(child.pid, signal.SIGTERM)
+            kill_at = time.monotonic() + grace
+        if kill_at is not None and time.monotonic() > kill_at:
+            _signal_group(child.pid, signal.SIGKILL)
+
+    # What it left running would hold the device, and the pipe.
+    _signal_group(child.pid, signal.SIGKILL)
+    output.write(child.stdout.read() or b"")
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def main() -> int:
+    """Parse the command line and supervise."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--lease", type=Path, required=True, help="file that is touched to renew")
+    parser.add_argument("--seconds", type=float, required=True, help="how long a renewal lasts")
+    parser.add_argument("--grace", type=float, required=True, help="from SIGTERM to SIGKILL")
+    parser.add_argument("--log", type=Path, required=True, help="output is appended here")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
+    options = parser.parse_args()
+    with options.log.open("ab", buffering=0) as log:
+        lease = Lease(options.lease, options.seconds)
+        return supervise(options.command, lease, options.grace, Output(log))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

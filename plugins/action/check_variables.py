@@ -1,0 +1,92 @@
+"""Refuse variables that nobody reads and values that do not fit, before anything is touched.
+
+What is known is written down once, in two places that need it anyway: the map from public names
+to role variables (playbooks/group_vars/all.yml), and the roles' argument specs, which give each its
+type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.plugins.action import ActionBase
+from ansible.utils.vars import load_extra_vars
+from jinja2 import Environment, nodes
+
+Spec = dict[str, Any]
+
+
+def role_options(roles: Path) -> dict[str, Spec]:
+    """Return the options of every role's argument spec below ``roles``, by name."""
+    options: dict[str, Spec] = {}
+    for path in sorted(roles.glob("*/meta/argument_specs.yml")):
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
+            options |= entry.get("options", {})
+    return options
+
+
+def public_names(mapping: Path, options: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Return the public names that ``mapping`` turns into role variables, each with its spec.
+
+    A public name is one that stands before ``default(...)`` in an expression. Its spec is that of
+    the role variable.
+    """
+    names: dict[str, Spec] = {}
+    for variable, expression in yaml.safe_load(mapping.read_text(encoding="utf-8")).items():
+        for item in Environment().parse(expression).find_all(nodes.Filter):
+            if item.name == "default" and isinstance(item.node, nodes.Name):
+                names.setdefault(item.node.name, {}).update(options.get(variable, {}))
+    return names
+
+
+def unknown(given: Mapping[str, Any], known: Mapping[str, Spec]) -> list[str]:
+    """Return a complaint about every name in ``given`` that is not in ``known``."""
+    complaints = []
+    for name in given:
+        if name not in known and not name.startswith("ansible_"):
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            complaints.append(f"-e {name}: there is no such variable.{hint}")
+    return complaints
+
+
+def unfit(values: Mapping[str, Any], known: Mapping[str, Spec]) -> list[str]:
+    """Return a complaint about every value in ``values`` that is not of the type of its name."""
+    complaints = []
+    for name, value in values.items():
+        # An empty value says «leave it to the trainer», whatever the type.
+        if name in known and value not in (None, ""):
+            keys = known[name].keys() & {"type", "elements", "choices"}
+            spec = {key: known[name][key] for key in keys}
+            verdict = ArgumentSpecValidator({name: spec}).validate({name: value})
+            complaints += verdict.error_messages
+    return complaints
+
+
+class ActionModule(ActionBase):
+    """``check_variables: {map: the public names' file, roles: the roles' directory}``."""
+
+    _requires_connection = False
+    _VALID_ARGS = frozenset(("map", "roles"))
+
+    def run(
+        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Fail, naming everything that is wrong, unless all variables are known and fit."""
+        super().run(tmp, task_vars)
+        options = role_options(Path(self._task.args["roles"]))
+        public = public_names(Path(self._task.args["map"]), options)
+        given = load_extra_vars(self._loader)
+        # What the user wrote, not what the map makes of it: there, 'maybe' is false.
+        set_by_user = [name for name in {**public, **given} if name in task_vars]
+        values = {name: self._templar.template(task_vars[name]) for name in set_by_user}
+        complaints = unknown(given, options | public) + unfit(values, options | public)
+        if complaints:
+            where = "All names and their types: docs/variables.md"
+            return {"failed": True, "msg": "\n".join([*complaints, where])}
+        return {"changed": False}

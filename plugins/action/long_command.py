@@ -1,0 +1,141 @@
+"""Run a long command on the worker and show, while it runs, that it moves."""
+
+from __future__ import annotations
+
+import shlex
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+SHOW_SECONDS = 10
+LONGEST_POLL_SECONDS = 2
+LAST_LINES = 20
+
+display = Display()
+
+
+def pack(root: Path, files: list[str], archive: Path) -> None:
+    """Write ``files`` of ``root`` into the tar ``archive``, owned by root and readable by all."""
+
+    def ownerless(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = 0
+        member.uname = member.gname = "root"
+        member.mode = 0o755 if member.mode & 0o100 else 0o644
+        return member
+
+    with tarfile.open(archive, "w") as tar:
+        for name in files:
+            tar.add(root / name, name, filter=ownerless)
+
+
+def clock(seconds: float) -> str:
+    """Return ``seconds`` as minutes and seconds, such as 2:05."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class ActionModule(ActionBase):
+    """The action ``long_command``; its documentation is in plugins/modules."""
+
+    _supports_check_mode = True
+
+    def run(
+        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Send the files, start the command, follow it to its end."""
+        result = super().run(tmp, task_vars)
+        _, args = self.validate_argument_spec(
+            {
+                "cmd": {"type": "str", "required": True},
+                "root": {"type": "path"},
+                "files": {"type": "list", "elements": "str"},
+                "private": {"type": "dict", "default": {}},
+                "would": {"type": "str", "required": True},
+            },
+            required_by={"files": ["root"]},
+        )
+        host = (task_vars or {}).get("inventory_hostname", "worker")
+        if self._task.check_mode:
+            display.display(f"  [{host}] would {args['would']}")
+            return result | {"changed": True}
+
+        directory = self._make_tmp_path()
+        try:
+            self._send(directory, args)
+            self._start(directory, args["cmd"])
+            code = self._follow(directory, host)
+            lines = self._shell_out(f"tail -n {LAST_LINES} {directory}/log") if code else ""
+        finally:
+            # What the command made may be root's, so it goes with the rights that made it.
+            self._low_level_execute_command(f"rm -rf {directory}")
+        result |= {"changed": True, "rc": code}
+        if code:
+            result |= {"failed": True, "msg": f"Exit code {code}. The last lines:\n{lines}"}
+        return result
+
+    def _send(self, directory: str, args: dict[str, Any]) -> None:
+        """Lay out ``files`` and ``private`` below ``directory``."""
+        self._shell_out(f"mkdir -p -m 700 {directory}/files {directory}/private", sudoable=False)
+        for name, content in args["private"].items():
+            self._transfer_data(f"{directory}/private/{name}", content)
+        if args["files"]:
+            with tempfile.TemporaryDirectory() as local:
+                archive = Path(local) / "files.tar"
+                pack(Path(args["root"]), args["files"], archive)
+                self._transfer_file(str(archive), f"{directory}/files.tar")
+            self._shell_out(f"tar -xf {directory}/files.tar -C {directory}/files", sudoable=False)
+
+    def _start(self, directory: str, command: str) -> None:
+        """Start ``command`` on its own: it survives a connection, or a playbook, that ends."""
+        script = (
+            f"echo $$ > {directory}/pid; cd {directory}; "
+            f"{self._compute_environment_string()} /bin/sh -c {shlex.quote(command)}; "
+            f"code=$?; rm -rf files private; echo $code > exit"
+        )
+        self._shell_out(
+            f"trap '' HUP; setsid /bin/sh -c {shlex.quote(script)} "
+            f"< /dev/null > {directory}/log 2>&1 & "
+            f"until [ -s {directory}/pid ]; do sleep 0.1; done"
+        )
+
+    def _follow(self, directory: str, host: str) -> int:
+        """Show the last line now and then until the command ends; return its exit code."""
+        started = shown = time.monotonic()
+        pause = 0.2
+        while True:
+            # Whether it lives is asked first: it leaves its exit code before it dies.
+            state, _, line = self._shell_out(
+                f"kill -0 $(cat {directory}/pid) 2> /dev/null && alive=1; "
+                f"if [ -s {directory}/exit ]; then cat {directory}/exit; "
+                'elif [ "$alive" ]; then echo running; else echo gone; fi; '
+                f"tail -n 1 {directory}/log | head -c 100"
+            ).partition("\n")
+            if state == "gone":
+                raise AnsibleActionFail(
+                    "It ended without an exit code, as a command does that is killed. "
+                    f"Its last line: {line}"
+                )
+            if state != "running":
+                return int(state)
+            now = time.monotonic()
+            if now - shown >= SHOW_SECONDS:
+                shown = now
+                display.display(f"  [{host}] {clock(now - started)}  {line.strip()}")
+            time.sleep(pause)
+            pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
+
+    def _shell_out(self, command: str, sudoable: bool = True) -> str:
+        """Run a short shell command on the worker and return what it printed."""
+        ran = self._low_level_execute_command(command, sudoable=sudoable)
+        if ran["rc"]:
+            raise AnsibleActionFail(
+                f"The worker answered {(ran['stderr'] or ran['stdout']).strip() or ran['rc']!r} "
+                f"to: {command[:200]}"
+            )
+        # Over SSH a terminal may stand between, which ends lines in its own way.
+        return ran["stdout"].replace("\r\n", "\n")

@@ -1,0 +1,83 @@
+"""What an image is built from: the files, and one hash over all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleLookupError
+from ansible.plugins.lookup import LookupBase
+
+DOCUMENTATION = """
+name: build_context
+short_description: the files that an image is built from, and their hash
+description:
+  - Lists the files below some paths of the controller. What Python compiled is left out, and so
+    are hidden files.
+  - The hash covers every file's name, content and executable bit, and nothing else, so that it is
+    the same on every controller that has the same files.
+options:
+  _terms:
+    description: files and directories, relative to O(root)
+    type: list
+    elements: str
+    required: true
+  root:
+    description: the directory that names are relative to
+    type: path
+    required: true
+"""
+
+RETURN = """
+_list:
+  description: one dictionary
+  type: list
+  elements: dict
+  contains:
+    files:
+      description: the files, sorted, relative to O(root)
+      type: list
+    sha256:
+      description: the hash
+      type: str
+"""
+
+
+def list_files(root: Path, paths: list[str]) -> list[str]:
+    """Return the files at and below ``paths``, relative to ``root``, sorted."""
+    found = set()
+    for path in paths:
+        start = root / path
+        if not start.exists():
+            raise AnsibleLookupError(
+                f"{path} is not in {root}: the image cannot be built without it"
+            )
+        for file in [start] if start.is_file() else start.rglob("*"):
+            parts = file.relative_to(root).parts
+            left_out = any(part.startswith(".") or part == "__pycache__" for part in parts)
+            if file.is_file() and not left_out and file.suffix != ".pyc":
+                found.add("/".join(parts))
+    return sorted(found)
+
+
+def hash_files(root: Path, files: list[str]) -> str:
+    """Return one SHA-256 over names, contents and executable bits of ``files``."""
+    digest = hashlib.sha256()
+    for name in files:
+        file = root / name
+        executable = bool(file.stat().st_mode & 0o100)
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{name}\0{executable:d}\0{content}\n".encode())
+    return digest.hexdigest()
+
+
+class LookupModule(LookupBase):
+    """The lookup ``build_context``."""
+
+    def run(self, terms: list[str], variables: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
+        """Return one dictionary with ``files`` and ``sha256``."""
+        self.set_options(var_options=variables, direct=kwargs)
+        root = Path(self.get_option("root")).resolve()
+        files = list_files(root, terms)
+        return [{"files": files, "sha256": hash_files(root, files)}]

@@ -1,0 +1,99 @@
+"""A long command through a real playbook on this machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from plugins.action.long_command import clock
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def play(tmp_path):
+    """Run one task with ``long_command`` and return the finished ansible-playbook."""
+
+    def run(*options: str, **arguments: object) -> subprocess.CompletedProcess[str]:
+        task = {"name": "Work", "long_command": {"would": "work hard", **arguments}}
+        task["environment"] = {"COLOUR": "deep blue"}
+        playbook = tmp_path / "play.yml"
+        playbook.write_text(
+            yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": [task]}])
+        )
+        return subprocess.run(
+            [
+                *(Path(sys.executable).parent / "ansible-playbook", "-i", "here,", "-c", "local"),
+                *("-e", f"ansible_python_interpreter={sys.executable}", playbook, *options),
+            ],
+            env=os.environ
+            | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+            | {"ANSIBLE_REMOTE_TMP": str(tmp_path / "remote")},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_files_private_files_and_environment_arrive_and_go(play, tmp_path):
+    (tmp_path / "tree/deep").mkdir(parents=True)
+    (tmp_path / "tree/deep/run.sh").write_text("#!/bin/sh\necho ran\n")
+    (tmp_path / "tree/deep/run.sh").chmod(0o700)
+    (tmp_path / "tree/not-sent").touch()
+    ran = play(
+        root=str(tmp_path / "tree"),
+        files=["deep/run.sh"],
+        private={"password": "open sesame"},
+        cmd=f"(files/deep/run.sh; ls files; cat private/password; echo; echo $COLOUR;"
+        f" stat -c %a .) > {tmp_path}/seen",
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert "changed=1" in ran.stdout
+    assert (tmp_path / "seen").read_text() == "ran\ndeep\nopen sesame\ndeep blue\n700\n"
+    assert list((tmp_path / "remote").iterdir()) == []
+    assert "sesame" not in ran.stdout + ran.stderr
+
+
+def test_a_failure_shows_the_last_lines(play, tmp_path):
+    ran = play(cmd="seq 100; echo 'no space left' >&2; exit 7")
+    assert ran.returncode == 2
+    assert "Exit code 7" in ran.stdout
+    assert "no space left" in ran.stdout
+    assert "\n        90" in ran.stdout
+    assert "\n        70" not in ran.stdout
+    assert list((tmp_path / "remote").iterdir()) == []
+
+
+def test_a_killed_command_is_not_waited_for(play):
+    # The shell that runs the command is the parent's child: both die, as when memory runs out.
+    ran = play(cmd="echo going; kill -9 $PPID $$")
+    assert ran.returncode == 2
+    assert "ended without an exit code" in ran.stdout
+    assert "going" in ran.stdout
+
+
+def test_it_shows_that_it_moves(play):
+    ran = play(cmd="echo downloading; sleep 11; echo done")
+    assert "[here] 0:10  downloading" in ran.stdout
+
+
+def test_check_mode_says_what_it_would_do(play, tmp_path):
+    ran = play("--check", cmd=f"touch {tmp_path}/seen")
+    assert "[here] would work hard" in ran.stdout
+    assert "changed=1" in ran.stdout
+    assert not (tmp_path / "seen").exists()
+
+
+def test_time_reads_as_minutes_and_seconds():
+    assert [clock(seconds) for seconds in (0, 9.9, 60, 125, 3725)] == [
+        "0:00",
+        "0:09",
+        "1:00",
+        "2:05",
+        "62:05",
+    ]

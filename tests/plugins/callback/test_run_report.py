@@ -1,0 +1,155 @@
+"""What stands on the screen at the very end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plugins.callback.run_report import failures, results, table, what_to_do
+
+ROOT = Path(__file__).parents[3]
+REPORT = {
+    "run_id": "20260102-030405",
+    "status": "succeeded",
+    "model": {
+        "name": "mixtral-8x7b",
+        "params_total": 46_702_792_704,
+        "params_active": 12_879_425_536,
+        "block_size": 4096,
+        "global_batch": 1024,
+    },
+    "mesh": {"fsdp": 128, "tensor": 1},
+    "experts": {"mode": "gmm", "kernel": "pallas_megablox"},
+    "attention": {"kernel": "pallas_splash"},
+    "device": {"kind": "TPU v5p", "count": 128, "hosts": 32},
+    "loss": {"first": 10.51234, "last": 3.25, "bits_per_byte": 1.1},
+    "step_time_s": {"p50": 15.2, "p90": 15.75, "n": 8, "source": "host_clock"},
+    "tokens_per_s_per_device": 2155.8,
+    "mfu": 0.3895,
+    "compile": {"count": 2, "cached": 1, "seconds": 96.4, "last_step": 1},
+    "notes": [],
+}
+
+
+def test_the_table_tells_what_was_measured():
+    rows = dict(results(REPORT))
+    assert rows["step time"] == "p50 15.200 s, p90 15.750 s (8 steps, host clock)"
+    assert rows["tokens/s per device"] == "2,156"
+    assert rows["MFU"] == "39.0%"
+    assert rows["loss"] == "10.512 → 3.250"
+    assert rows["bits per byte"] == "1.100"
+    assert rows["devices"] == "128 TPU v5p"
+    assert rows["kernels"] == "gmm experts by pallas_megablox, attention by pallas_splash"
+    assert rows["compilations"] == "2 in 96 s, the last at step 1"
+
+
+def test_what_is_not_known_is_a_dash_and_no_number():
+    report = REPORT | {
+        "model": None,
+        "device": None,
+        "compile": None,
+        "mfu": None,
+        "tokens_per_s_per_device": None,
+        "step_time_s": {"p50": None, "p90": None, "n": 1, "source": "host_clock"},
+        "notes": ["w0: summary.json is missing"],
+    }
+    rows = dict(results(report))
+    dash = "\N{EN DASH}"
+    assert rows["MFU"] == rows["tokens/s per device"] == dash
+    assert rows["step time"] == f"p50 {dash} s, p90 {dash} s (1 steps, host clock)"
+    assert rows["note"] == "w0: summary.json is missing"
+
+
+def test_texts_stand_one_below_the_other():
+    assert table([("a", "1\n2"), ("longer", "3")]) == ["  a       1\n          2", "  longer  3"]
+
+
+def ended(**changes):
+    record = {"exit_code": 1, "signal": None, "oom_killed": False, "error": None, "last_lines": []}
+    return record | changes
+
+
+@pytest.mark.parametrize(
+    ("record", "advice"),
+    [
+        (ended(exit_code=None), "status.yml"),
+        (ended(exit_code=137, signal="SIGKILL", oom_killed=True), "less memory"),
+        (ended(exit_code=137, signal="SIGKILL"), "less memory"),
+        (ended(exit_code=143, signal="SIGTERM"), "train.yml"),
+        (ended(), "last words"),
+    ],
+)
+def test_every_end_has_a_next_step(record, advice):
+    assert advice in what_to_do(record)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    stopped = ended(exit_code=143, signal="SIGTERM", error="stopped, because w1 failed")
+    for worker, record in {
+        "w0": stopped,
+        "w1": ended(last_lines=["Traceback:", "  RuntimeError: boom"]),
+        "w2": ended(exit_code=0),
+    }.items():
+        (tmp_path / "workers" / worker).mkdir(parents=True)
+        (tmp_path / "workers" / worker / "exit.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def test_the_culprit_comes_last_with_its_last_words(run_dir):
+    lines = failures(run_dir, "runs/r")
+    assert "w2" not in "\n".join(lines)
+    assert lines[1] == "  w0  stopped, because w1 failed"
+    assert lines[3:5] == ["  worker         w1", "  what happened  exit code 1"]
+    assert lines[6] == "  whole log      runs/r/workers/w1/trainer.log"
+    assert lines[7:] == ["  | Traceback:", "  |   RuntimeError: boom"]
+
+
+def play(tmp_path, *tasks):
+    playbook = tmp_path / "play.yml"
+    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
+    return subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), playbook],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.partition("PLAY RECAP")[2]
+
+
+def test_a_run_is_shown_after_the_recap(tmp_path, run_dir):
+    (run_dir / "report.json").write_text(json.dumps(REPORT | {"status": "failed"}))
+    task = {"ansible.builtin.set_stats": {"data": {"train_run_dir": str(run_dir)}}}
+    shown = play(tmp_path, task)
+    assert "RUN 20260102-030405: failed" in shown
+    assert f"artifacts            {run_dir}" in shown
+    assert shown.rstrip().endswith("RuntimeError: boom")
+
+
+def test_a_failure_before_the_run_is_said_again_after_the_recap(tmp_path):
+    shown = play(tmp_path, {"name": "Look", "ansible.builtin.fail": {"msg": "no such thing"}})
+    assert "what happened  no such thing" in shown
+
+
+def test_a_success_without_a_run_says_nothing(tmp_path):
+    task = {"ansible.builtin.meta": "noop"}
+    assert "FAILED" not in play(tmp_path, task)
+
+
+def test_a_worker_that_never_started_is_said_too(tmp_path, run_dir):
+    report = REPORT | {"status": "failed", "loss": {"first": None, "last": None}}
+    (run_dir / "report.json").write_text(json.dumps(report))
+    shown = play(
+        tmp_path,
+        {
+            "block": [{"name": "Start", "ansible.builtin.fail": {"msg": "no such image"}}],
+            "always": [{"ansible.builtin.set_stats": {"data": {"train_run_dir": str(run_dir)}}}],
+        },
+    )
+    assert "RUN 20260102-030405: failed" in shown
+    assert "step time" not in shown
+    assert shown.rstrip().endswith("what happened  no such image")
