@@ -74,14 +74,16 @@ docs: $(READY) ## Write the generated documentation: roles' READMEs, docs/variab
 lock: $(READY) ## Write the lock files anew, with the newest versions that pyproject.toml allows
 	$(COMPILE) --output-file requirements.txt
 	$(COMPILE) --extra dev --output-file requirements-dev.txt
-	PATH="$(PATH)" container/requirements/lock.sh
+	container/requirements/lock.sh
 
 COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --no-emit-index-url \
   --python-version 3.11 --custom-compile-command 'make lock'
 
 .PHONY: clean
 clean: ## Remove what set-up and tests have left; the trainer image and runs/ stay
-	ansible-playbook -i molecule/shared/inventory molecule/shared/destroy.yml -e slice_keep_images=false
+	if [ -e $(READY) ]; then \
+	  ansible-playbook -i molecule/shared/inventory molecule/shared/destroy.yml -e slice_keep_images=false; \
+	fi
 	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache
 
 .PHONY: help
@@ -90,8 +92,8 @@ help:
 	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	  /^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-# pip itself stays outside: Debian's Python puts it into a virtualenv only where python3-venv is
-# installed. The dots say that it moves, one for each package.
+# Made without pip, because Debian's Python has none to give unless python3-venv is installed; the lock
+# file brings it. The dots say that it moves, one for each package.
 $(READY): requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed. Try make PYTHON=python3.11")'

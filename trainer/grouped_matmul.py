@@ -59,7 +59,7 @@ class _GroupedMatmul(torch.autograd.Function):
 
 def _gmm(lhs, rhs, sizes, *, transpose_rhs: bool):
     if kernel() == "grouped_loop":
-        return xb.call_jax(_loop_gmm_transposed if transpose_rhs else _loop_gmm, (lhs, rhs, sizes))
+        return xb.call_jax(_loop_gmm, (lhs, rhs, sizes), {"transpose": transpose_rhs})
     rows = lhs.shape[0]
     lhs = _pad_rows(lhs)
     return pallas.gmm(lhs, rhs, sizes, _tiling(lhs), transpose_rhs=transpose_rhs)[:rows]
@@ -94,16 +94,17 @@ def _for_each_block(sizes: jax.Array, group: jax.Array, body, init):
     return jax.lax.fori_loop(0, blocks, block, init)
 
 
-def _loop_gmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-    rows, width = lhs.shape[0], rhs.shape[2]
+def _loop_gmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, transpose: bool) -> jax.Array:
+    rows, width = lhs.shape[0], rhs.shape[1 if transpose else 2]
     # A block may reach past its group, even past the last row: the next group overwrites what the
     # previous one spilled, and one spare block behind the end takes the last spill.
     lhs = jnp.pad(lhs, ((0, BLOCK_ROWS), (0, 0)))
 
     def group(index, out):
-        # XLA's CPU dots compute in fp32; the barrier keeps the conversion (and for the transposed
-        # form the transposition) out of the loop over blocks.
-        weight = jax.lax.optimization_barrier(rhs[index].astype(jnp.float32))
+        # XLA's CPU dots want fp32 and no transposition; the barrier keeps the making of such a
+        # weight out of the loop over blocks.
+        weight = rhs[index].astype(jnp.float32)
+        weight = jax.lax.optimization_barrier(weight.T if transpose else weight)
 
         def block(first, _, out):
             x = jax.lax.dynamic_slice_in_dim(lhs, first, BLOCK_ROWS).astype(jnp.float32)
@@ -115,10 +116,6 @@ def _loop_gmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
 
     out = jnp.zeros((rows + BLOCK_ROWS, width), lhs.dtype)
     return jax.lax.fori_loop(0, rhs.shape[0], group, out)[:rows]
-
-
-def _loop_gmm_transposed(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _loop_gmm(lhs, jnp.swapaxes(rhs, 1, 2), sizes)
 
 
 def _loop_tgmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:

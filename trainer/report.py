@@ -156,13 +156,12 @@ def _loss(
 
 
 def _last_epoch(losses: list[float | None], summary: dict[str, Any]) -> list[float | None]:
-    """Return the losses of the last full epoch or, before there is one, of the last half."""
+    """Return the losses of the last epoch, or of the last half of a run shorter than an epoch."""
     model, tokens = summary.get("model"), summary.get("tokens_per_epoch")
     if model and tokens:
         epoch = max(1, tokens // (model["global_batch"] * model["block_size"]))
-        full = len(losses) // epoch * epoch
-        if full:
-            return losses[full - epoch : full]
+        if len(losses) >= epoch:
+            return losses[-epoch:]
     return losses[len(losses) // 2 :]
 
 

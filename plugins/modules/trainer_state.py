@@ -135,9 +135,14 @@ def container_state(engine: Engine, name: str) -> dict[str, Any] | None:
         "exit_code": state["ExitCode"],
         "oom_killed": state["OOMKilled"],
         "error": state["Error"],
-        "started": state["StartedAt"],
-        "finished": state["FinishedAt"],
+        "started": _time(state["StartedAt"]),
+        "finished": _time(state["FinishedAt"]),
     }
+
+
+def _time(stamp: str) -> str | None:
+    """Return the engine's time stamp, None for the year 1, with which it says «not yet»."""
+    return None if stamp.startswith("0001-") else stamp
 
 
 def last_output(engine: Engine, name: str) -> str:

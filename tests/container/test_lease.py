@@ -32,6 +32,8 @@ class Supervised:
                 *(sys.executable, LEASE, f"--lease={self.lease}", f"--seconds={seconds}"),
                 *(f"--grace={grace}", f"--log={self.log}", "--", sys.executable, "-c", code),
             ],
+            # As in the image.
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )

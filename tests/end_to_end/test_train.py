@@ -70,4 +70,4 @@ def test_every_artifact_is_fetched(report: dict) -> None:
 def test_the_screen_ends_with_the_report(screen: str, report: dict) -> None:
     last = screen[screen.index("PLAY RECAP") :]
     assert "runs/" in last
-    assert f"{report['loss']['last']:.2f}"[:3] in last
+    assert f"{report['loss']['last']:.3f}" in last
