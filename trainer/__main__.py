@@ -127,9 +127,9 @@ def run(arguments: Arguments) -> int:
 
 def prepare_environment() -> None:
     """Set what torch_xla, XLA and JAX read when they are imported."""
-    # JAX only traces kernels here; a second runtime must not reach for the TPU.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if os.environ.get("PJRT_DEVICE") == "CPU":
+        # JAX only traces kernels here; it need not look for a TPU.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         # XLA's CPU client deadlocks in collectives with fewer threads than virtual devices.
         devices = int(os.environ.get("CPU_NUM_DEVICES", "1"))
         os.environ.setdefault("NPROC", str(max(2 * devices, os.cpu_count() or 1)))
