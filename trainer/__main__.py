@@ -4,6 +4,7 @@ Exit codes: 0 done (or, with ``--validate``, the input can work), 1 the run fail
 """
 
 import dataclasses
+import logging
 import os
 import sys
 
@@ -127,6 +128,11 @@ def run(arguments: Arguments) -> int:
 
 def prepare_environment() -> None:
     """Set what torch_xla, XLA and JAX read when they are imported."""
+    # The trainer calls use_spmd() itself; the variable only makes torch_xla warn.
+    os.environ.pop("XLA_USE_SPMD", None)
+    # Without the warnings of libraries that nobody here can act on.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.ERROR)
     if os.environ.get("PJRT_DEVICE") == "CPU":
         # JAX only traces kernels here; it need not look for a TPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -169,6 +169,11 @@ def check_devices(arguments: Arguments, devices: int, chip: tpu.Chip | None = No
 
 def _devices(environ: Mapping[str, str]) -> tuple[int | None, tpu.Chip | None]:
     """Return how many devices ``environ`` promises, None if it does not say, and their chip."""
+    if environ.get("XLA_USE_SPMD", "1") != "1":
+        raise BadInput(
+            f"XLA_USE_SPMD is {environ['XLA_USE_SPMD']!r}; this trainer always runs under SPMD: "
+            "set it to 1, or leave it out"
+        )
     device = environ.get("PJRT_DEVICE")
     if device == "CPU":
         count = environ.get("CPU_NUM_DEVICES", "1")

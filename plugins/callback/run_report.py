@@ -90,8 +90,10 @@ def what_to_do(record: dict[str, Any]) -> str:
     """Return the next step after a run that ended as exit.json says."""
     if record["exit_code"] is None:
         return "see what became of the worker: ansible-playbook status.yml"
-    if record["oom_killed"] or record["signal"] == "SIGKILL":
+    if record["oom_killed"]:
         return "take less memory: a smaller per_device_train_batch_size or block_size"
+    if record["signal"] == "SIGKILL":
+        return "it was killed from outside; dmesg on the worker says if for want of memory"
     if record["signal"] in ("SIGTERM", "SIGINT"):
         return "it was asked to end; start it again: ansible-playbook train.yml"
     return "read the trainer's last words below, and the whole log"

@@ -223,6 +223,7 @@ def test_where_the_device_count_is_unknown_or_one_any_batch_passes(
     ("environ", "said"),
     [
         ({"PJRT_DEVICE": "CUDA"}, "'CUDA'"),
+        ({"XLA_USE_SPMD": "0"}, "set it to 1"),
         ({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "four"}, "'four'"),
         ({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "0"}, "'0'"),
         ({"PJRT_DEVICE": "TPU", "TPU_ACCELERATOR_TYPE": "v9-8"}, "'v9-8'"),

@@ -77,7 +77,7 @@ def ended(**changes):
     [
         (ended(exit_code=None), "status.yml"),
         (ended(exit_code=137, signal="SIGKILL", oom_killed=True), "less memory"),
-        (ended(exit_code=137, signal="SIGKILL"), "less memory"),
+        (ended(exit_code=137, signal="SIGKILL"), "dmesg"),
         (ended(exit_code=143, signal="SIGTERM"), "train.yml"),
         (ended(), "last words"),
     ],
