@@ -194,8 +194,12 @@ class ActionModule(ActionBase):
         Returns the engine's last state of the container, why the run ended if the engine cannot
         know it, and what the engine kept of the output if there is no log.
         """
-        heard, stopping = time.monotonic(), ""
+        heard, stopping, controller = time.monotonic(), "", os.getppid()
         while True:
+            if os.getppid() != controller:
+                # ansible-playbook was killed, and this fork of it was not: left alone, it would go
+                # on renewing the lease of a run that nobody follows.
+                os._exit(1)
             look, trouble = self.look(renew_lease=not stopping)
             state = look.get("state")
             if trouble:
