@@ -9,9 +9,11 @@ MAKEFLAGS += --no-print-directory
 # The Python that .venv is made with; never the one in .venv, also where that is active
 PYTHON ?= $(shell PATH="$${PATH//$(CURDIR)\/.venv\/bin:/}" command -v python3)
 IMAGE ?= mixtral-trainer:release
+WORKERS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 READY := .venv/ready
+BROWSER := /usr/bin/chromedriver
 
 ##@ Use it
 .PHONY: train
@@ -19,9 +21,25 @@ train: $(READY) ## Set everything up, then train a small Mixtral on this machine
 	ansible-playbook site.yml
 	ansible-playbook train.yml -e gmm=true
 
+.PHONY: doctor
+doctor: $(READY) ## Examine the stack: is it whole, do its kernels compile for a TPU
+	ansible-playbook doctor.yml
+
 .PHONY: stop
 stop: $(READY) ## Stop the training on this machine
 	ansible-playbook stop.yml
+
+.PHONY: once
+once: $(READY) ## A TPU slice for one run, surely deleted: make once SLICE='-e accelerator_type=v5p-16'
+	@playbooks/once.sh
+
+.PHONY: slice
+slice: $(READY) ## Start a fresh simulated slice: make slice WORKERS=4, then -i inventory/simulated
+	ansible-playbook -i inventory/simulated molecule/shared/create.yml -e simulated_workers=$(WORKERS)
+
+.PHONY: slice-down
+slice-down: $(READY) ## End the simulated slice
+	ansible-playbook -i inventory/simulated molecule/shared/destroy.yml
 
 .PHONY: setup
 setup: $(READY) ## Make .venv, the controller's environment
@@ -42,28 +60,30 @@ lint: $(READY) ## Python, Ansible, and whether generated files are up to date
 
 .PHONY: unit
 unit: $(READY) ## Unit tests
-	pytest
+	pytest --numprocesses=auto
 
 .PHONY: site
 site: $(READY) ## Bring this machine to the described state: engine, configuration, trainer image
 	ansible-playbook site.yml
 
-# One process per device count, which XLA reads once. On one device, what sharding could change.
+# One process per device count, which XLA reads once. On eight and on one, what sharding could change.
 .PHONY: test-stack
 test-stack: $(READY) ## The trainer's own tests, inside its image, on this tree
-	$(call in_image,4) tests/trainer/stack
+	$(call in_image,4) tests/trainer/stack --ignore tests/trainer/stack/test_model.py
+	$(call in_image,8) tests/trainer/stack/test_model.py
 	$(call in_image,1) tests/trainer/stack/test_model.py tests/trainer/stack/test_optimizer.py
 
 in_image = docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
   --env CPU_NUM_DEVICES=$1 --env PYTHONDONTWRITEBYTECODE=1 \
-  --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider
+  --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider --durations=10
 
 .PHONY: molecule
-molecule: $(READY) ## The playbooks against a simulated worker
+molecule: $(READY) ## The playbooks against a simulated slice
+	molecule destroy
 	molecule test --all --no-command-borders
 
 .PHONY: e2e
-e2e: $(READY) ## A short training run from end to end
+e2e: $(READY) $(BROWSER) ## A short training run from end to end, looked at in a browser
 	pytest --exitfirst --capture=no tests/end_to_end
 
 ##@ Work on it
@@ -83,7 +103,7 @@ COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --n
 .PHONY: clean
 clean: ## Remove what set-up and tests have left; the trainer image and runs/ stay
 	if [ -e $(READY) ]; then \
-	  ansible-playbook -i molecule/shared/inventory molecule/shared/destroy.yml -e slice_keep_images=false; \
+	  ansible-playbook -i inventory/simulated molecule/shared/destroy.yml -e simulated_keep_images=false; \
 	fi
 	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache
 
@@ -105,3 +125,7 @@ $(READY): requirements-dev.txt
 	  | awk '/^Collecting/ { printf "."; fflush() } END { print "" }' \
 	  || { cat .venv/pip.log >&2; exit 1; }
 	@touch $@
+
+$(BROWSER):
+	apt-get update -qq
+	apt-get install --yes -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core

@@ -1,18 +1,24 @@
 """Run a command under a lease: it ends when nobody renews the lease any more.
 
-    python lease.py --lease FILE --seconds 300 --grace 30 --log FILE -- COMMAND [ARGUMENT ...]
+    python lease.py [--lease FILE --seconds 300] --grace 30 --log FILE [--state FILE]
+                    -- COMMAND [ARGUMENT ...]
 
 Whoever follows the command touches the lease file now and then. When the file has not changed for
 `--seconds`, the command's process group gets SIGTERM and, `--grace` seconds later, SIGKILL. So a
 follower that was interrupted, killed or cut off leaves nothing running. Time is counted from the
 moment a change was seen, on the monotonic clock: a clock that is set meanwhile does no harm.
+Without `--lease` the command runs to its own end.
 
 The command's output goes both to stdout and, appended, to the log. SIGTERM and SIGINT are passed
-on. The exit code is the command's own, or 128 + n when signal n ended it.
+on, SIGTERM with the same `--grace`. The exit code is the command's own, or 128 + n when signal n
+ended it. With `--state` a JSON file says what an engine would say of a container: `pid` and `began`
+(by which one tells whether it still runs), `started`, `finished`, `exit_code` and `oom_killed`.
 """
 
 import argparse
 import contextlib
+import ctypes
+import json
 import os
 import selectors
 import signal
@@ -20,9 +26,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1  # prctl(2)
+libc = ctypes.CDLL(None)
 
 
 class Lease:
@@ -71,8 +79,65 @@ class Output:
         self.write(f"lease: {message}\n".encode())
 
 
-def supervise(command: list[str], lease: Lease, grace: float, output: Output) -> int:
-    """Run `command` to its end, or to the end of the lease. Returns the exit code."""
+class State:
+    """What is known of the command, in a file that always has the same size.
+
+    So its end can be written down also where the disk is full.
+    """
+
+    SIZE = 512
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb", buffering=0)
+        self._kills = self._oom_kills()
+        self._content: dict[str, Any] = {
+            "pid": os.getpid(),
+            # Ids are used again; this with it is not.
+            "began": int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]),
+            "started": self._now(),
+        }
+        self._write()
+
+    def end(self, exit_code: int) -> None:
+        """Add how the command has ended."""
+        killed = exit_code == 128 + signal.SIGKILL and self._oom_kills() > self._kills
+        self._content |= {
+            "finished": self._now(),
+            "exit_code": exit_code,
+            "oom_killed": killed,
+        }
+        self._write()
+
+    def _write(self) -> None:
+        data = json.dumps(self._content).ljust(self.SIZE - 1) + "\n"
+        os.pwrite(self._file.fileno(), data.encode(), 0)
+
+    def _now(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def _oom_kills(self) -> int:
+        """Return how many processes the kernel has killed for want of memory since it started."""
+        counters = Path("/proc/vmstat").read_text().split()
+        return int(dict(zip(counters[::2], counters[1::2], strict=True)).get("oom_kill", 0))
+
+
+def supervise(command: list[str], lease: Lease | None, grace: float, output: Output) -> int:
+    """Run `command` to its end, or to the end of the lease if it has one. Returns the exit code."""
+    kill_at = None
+
+    def end(number: int, _frame: object = None) -> None:
+        nonlocal kill_at
+        _signal_group(child.pid, number)
+        if number == signal.SIGTERM:
+            kill_at = kill_at or time.monotonic() + grace
+
+    supervisor = os.getpid()
+
+    def die_with_supervisor() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:
+            os._exit(1)
+
     try:
         # A session of its own, so that all it starts can be ended together.
         child = subprocess.Popen(
@@ -82,18 +147,19 @@ def supervise(command: list[str], lease: Lease, grace: float, output: Output) ->
             stderr=subprocess.STDOUT,
             bufsize=0,
             start_new_session=True,
+            # Where it is no container's first process: nothing else would end what it leaves.
+            preexec_fn=die_with_supervisor,
         )
     except OSError as error:
         output.say(f"cannot start {command[0]}: {error.strerror}")
         return 127 if isinstance(error, FileNotFoundError) else 126
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: _signal_group(child.pid, number))
+        signal.signal(number, end)
 
     os.set_blocking(child.stdout.fileno(), False)
     selector = selectors.DefaultSelector()
     selector.register(child.stdout, selectors.EVENT_READ)
-    kill_at = None
     while child.poll() is None:
         if selector.get_map():
             for key, _ in selector.select(POLL_SECONDS):
@@ -104,13 +170,12 @@ def supervise(command: list[str], lease: Lease, grace: float, output: Output) ->
                     selector.unregister(key.fileobj)
         else:
             time.sleep(POLL_SECONDS)
-        if kill_at is None and lease.expired():
+        if kill_at is None and lease and lease.expired():
             output.say(
                 f"{lease.path} was not renewed for {lease.seconds:g} s: "
                 f"nobody follows this run any more. Sending SIGTERM, in {grace:g} s SIGKILL"
             )
-            _signal_group(child.pid, signal.SIGTERM)
-            kill_at = time.monotonic() + grace
+            end(signal.SIGTERM)
         if kill_at is not None and time.monotonic() > kill_at:
             _signal_group(child.pid, signal.SIGKILL)
 
@@ -128,15 +193,20 @@ def _signal_group(group: int, number: int) -> None:
 def main() -> int:
     """Parse the command line and supervise."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lease", type=Path, required=True, help="file that is touched to renew")
-    parser.add_argument("--seconds", type=float, required=True, help="how long a renewal lasts")
+    parser.add_argument("--lease", type=Path, help="file that is touched to renew")
+    parser.add_argument("--seconds", type=float, default=300, help="how long a renewal lasts")
     parser.add_argument("--grace", type=float, required=True, help="from SIGTERM to SIGKILL")
     parser.add_argument("--log", type=Path, required=True, help="output is appended here")
+    parser.add_argument("--state", type=Path, help="what is known of the command, as JSON")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
     options = parser.parse_args()
     with options.log.open("ab", buffering=0) as log:
-        lease = Lease(options.lease, options.seconds)
-        return supervise(options.command, lease, options.grace, Output(log))
+        lease = Lease(options.lease, options.seconds) if options.lease else None
+        state = State(options.state) if options.state else None
+        code = supervise(options.command, lease, options.grace, Output(log))
+        if state:
+            state.end(code)
+        return code
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ before anything is launched.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from trainer import data, tpu
 from trainer.config import FsdpConfig, load_config, load_fsdp_config
 from trainer.flags import AtLeast, BadInput, parse_flags
+from trainer.texts import PYTHON_HELP, TEXT_FILES
 
 __all__ = ["Arguments", "BadInput", "check_devices", "parse", "validate"]
 
@@ -24,7 +26,14 @@ ExpertsMode = Literal["gmm", "gmm_stack", "static"]
 class ModelArguments:
     """What is trained"""
 
-    config_name: Annotated[Path, "the model's config.json"]
+    config_name: Annotated[
+        Path | None, "the model's config.json (default: the one in model_name_or_path)"
+    ] = None  # parse fills it in
+    model_name_or_path: Annotated[
+        str,
+        "weights to begin with, in Hugging Face's safetensors: a directory, or a name on the hub; "
+        "without them, random ones",
+    ] = ""
     tokenizer_name: Annotated[
         str,
         "a tokenizer's name on the Hugging Face hub, or its directory; without one, a byte-level "
@@ -36,6 +45,17 @@ class ModelArguments:
     gmm: Annotated[bool, "experts as grouped matmuls; the default of the three modes"] = False
     gmm_stack: Annotated[bool, "gmm on weights kept per expert, for debugging"] = False
     static: Annotated[bool, "every expert on every token, as a baseline"] = False
+    spmd_2d_sharding: Annotated[
+        int,
+        "also split heads and experts over so many devices, so that the mesh is (devices/N, N); "
+        "conflicts with --fsdp",
+        AtLeast(0),
+    ] = 0
+
+    @property
+    def tensor_devices(self) -> int:
+        """Over how many devices heads and experts are split."""
+        return self.spmd_2d_sharding or 1
 
     @property
     def experts_mode(self) -> ExpertsMode:
@@ -49,49 +69,154 @@ class DataArguments:
 
     dataset_name: Annotated[
         str,
-        f"a dataset's name on the Hugging Face hub, or {data.PYTHON_HELP}: the text of Python's "
+        f"a dataset's name on the Hugging Face hub, or {PYTHON_HELP}: the text of Python's "
         "own help topics, which needs no download",
     ] = ""
     dataset_config_name: Annotated[str, "the configuration of that dataset"] = ""
-    train_file: Annotated[Path | None, f"a text instead of a dataset: {data.TEXT_FILES}"] = None
+    train_file: Annotated[Path | None, f"a text instead of a dataset: {TEXT_FILES}"] = None
+    validation_file: Annotated[
+        Path | None,
+        "a text to evaluate on (default: the dataset's validation split, or, where it has none, "
+        "the first validation_split_percentage of the training text, which is then not trained on)",
+    ] = None
+    validation_split_percentage: Annotated[
+        int, "how many percent of its texts that is", AtLeast(1)
+    ] = 5
     block_size: Annotated[
         int,
         "tokens in a sequence (default: 1024, or max_position_embeddings if that is less)",
         AtLeast(2),
     ] = 0  # parse fills it in
+    streaming: Annotated[
+        bool,
+        "tokenize as the run goes, and keep nothing; needs --max_steps and --tokenizer_name",
+    ] = False
+    preprocessing_num_workers: Annotated[
+        int | None, "how many threads tokenize (default: one for each core)", AtLeast(1)
+    ] = None
+    reset_attention_mask: Annotated[
+        bool, "hide the documents that a sequence is packed from from each other"
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments:
     """How it is trained"""
 
-    output_dir: Annotated[Path, "where metrics.jsonl and summary.json are written"]
-    overwrite_output_dir: Annotated[bool, "replace an earlier run in output_dir"] = False
-    do_train: Annotated[bool, "train; nothing else can be asked for"] = False
+    output_dir: Annotated[Path, "where metrics.jsonl, summary.json and checkpoints are written"]
+    overwrite_output_dir: Annotated[
+        bool, "replace an earlier run in output_dir, unless it is the one that is resumed"
+    ] = False
+    do_train: Annotated[bool, "train; there is no run without"] = False
+    do_eval: Annotated[bool, "evaluate: loss and perplexity of the validation text, at the end"] = (
+        False
+    )
+    eval_strategy: Annotated[
+        Literal["no", "steps"] | None,
+        "steps: evaluate every eval_steps as well, also without do_eval",
+    ] = None
+    eval_steps: Annotated[
+        int | None, "evaluate every so many steps (default: logging_steps)", AtLeast(1)
+    ] = None
     validate: Annotated[bool, "check all input and stop"] = False
     per_device_train_batch_size: Annotated[
         int, "the GLOBAL batch, in sequences: under SPMD the slice is one device", AtLeast(1)
     ] = 8
+    per_device_eval_batch_size: Annotated[
+        int | None, "the GLOBAL batch of an evaluation (default: that of training)", AtLeast(1)
+    ] = None
+    gradient_accumulation_steps: Annotated[
+        int,
+        "batches that make one step: its gradient is their mean, its memory that of one",
+        AtLeast(1),
+    ] = 1
     max_steps: Annotated[int, "steps; above 0 it overrides num_train_epochs", AtLeast(-1)] = -1
     num_train_epochs: Annotated[float, "passes over the data", AtLeast(0)] = 3.0
     optim: Annotated[Literal["adafactor"], "the optimizer"] = "adafactor"
     learning_rate: Annotated[float, "the highest of the schedule", AtLeast(0)] = 5e-5
+    weight_decay: Annotated[
+        float, "what weights lose of themselves at a step, times the learning rate", AtLeast(0)
+    ] = 0.0
     lr_scheduler_type: Annotated[
-        Literal["linear", "cosine", "constant"], "how the learning rate goes on after warm-up"
+        Literal["linear", "cosine", "inverse_sqrt", "constant", "constant_with_warmup"],
+        "how the learning rate goes on after warm-up",
     ] = "linear"
     warmup_steps: Annotated[int, "steps in which the learning rate rises from 0", AtLeast(0)] = 0
+    warmup_ratio: Annotated[
+        float, "the same as a share of all steps, where warmup_steps is 0", AtLeast(0)
+    ] = 0.0
     max_grad_norm: Annotated[float, "clip the gradient's norm to this; 0: do not", AtLeast(0)] = 1.0
     seed: Annotated[int, "of the initial weights and the order of the data", AtLeast(0)] = 42
-    save_strategy: Annotated[Literal["no"], "when to save checkpoints"] = "no"
+    save_strategy: Annotated[
+        Literal["no", "steps"],
+        "steps: save a checkpoint every save_steps, at the end, and on SIGTERM; and the model at "
+        "the end",
+    ] = "no"
+    save_steps: Annotated[int, "save a checkpoint every so many steps", AtLeast(1)] = 500
+    save_total_limit: Annotated[
+        int | None, "how many checkpoints to keep (default: all)", AtLeast(1)
+    ] = None
+    resume_from_checkpoint: Annotated[
+        str | None,
+        "a checkpoint's directory, or auto: the newest in output_dir, and a fresh start if there "
+        "is none",
+    ] = None
     logging_strategy: Annotated[Literal["no", "steps"], "when to print a line"] = "steps"
     logging_steps: Annotated[int, "print a line every so many steps", AtLeast(1)] = 1
+    report_to: Annotated[Literal["none", "tensorboard"], "where else metrics are written"] = "none"
+    logging_dir: Annotated[
+        Path | None, "TensorBoard's directory (default: tensorboard in output_dir)"
+    ] = None
     fsdp: Annotated[
-        Literal["full_shard"], "shard every parameter over all devices; there is no other way yet"
-    ] = "full_shard"
+        Literal["full_shard"] | None,
+        "shard every parameter over all devices; without --spmd_2d_sharding there is no other way",
+    ] = None
     fsdp_config: Annotated[Path | None, "the fsdp_config.json"] = None
     dataloader_drop_last: Annotated[
         bool, "drop an epoch's incomplete last batch, do not complete it from the epoch's beginning"
     ] = False
+
+    @property
+    def global_batch(self) -> int:
+        """How many sequences a step trains on."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def eval_batch(self) -> int:
+        """How many sequences are evaluated at once."""
+        return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return self.do_eval or self.eval_strategy == "steps"
+
+    @property
+    def evaluate_every(self) -> int | None:
+        """After how many steps the model is evaluated; None: only at the end, if at all."""
+        return (self.eval_steps or self.logging_steps) if self.eval_strategy == "steps" else None
+
+    def warmup(self, max_steps: int) -> int:
+        """Return in how many of all steps the learning rate rises."""
+        return self.warmup_steps or math.ceil(max_steps * self.warmup_ratio)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the earlier run in output_dir is the one that is resumed."""
+        resumed = self.resume_from_checkpoint
+        if not resumed or resumed == "auto":
+            return resumed == "auto"
+        return Path(resumed).expanduser().resolve().parent == self.output_dir.resolve()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The guide's profile: of which epoch, after which step, how long, where; "" for none."""
+
+    epoch: int
+    step: int
+    duration_ms: int
+    directory: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +238,8 @@ def parse(argv: list[str]) -> Arguments:
     groups = (ModelArguments, DataArguments, TrainingArguments)
     model, texts, training = parse_flags(argv, "python -m trainer", groups)
     _check_combinations(model, texts, training)
+    if not model.config_name:
+        model = dataclasses.replace(model, config_name=_config_of(model.model_name_or_path))
     config = load_config(model.config_name)
     limit = config["max_position_embeddings"]
     texts = dataclasses.replace(texts, block_size=texts.block_size or min(1024, limit))
@@ -121,6 +248,7 @@ def parse(argv: list[str]) -> Arguments:
             f"block_size is {texts.block_size}, more than the max_position_embeddings of "
             f"{model.config_name}; allowed are 2 to {limit}"
         )
+    _check_tensor_axis(model, config)
     fsdp = load_fsdp_config(training.fsdp_config) if training.fsdp_config else FsdpConfig()
     return Arguments(model, texts, training, config, fsdp)
 
@@ -132,39 +260,121 @@ def validate(argv: list[str], environ: Mapping[str, str] = os.environ) -> Argume
     TPU_ACCELERATOR_TYPE. Where it does not, call check_devices once it is known. Raises BadInput.
     """
     arguments = parse(argv)
+    profile(environ)
     data.check(arguments)
     devices, chip = _devices(environ)
     if devices:
-        check_devices(arguments, devices, chip)
+        check_devices(arguments, devices, slices(environ), chip)
     return arguments
 
 
-def check_devices(arguments: Arguments, devices: int, chip: tpu.Chip | None = None) -> None:
-    """Raise BadInput unless ``devices`` devices can share batch and weights evenly.
+def profile(environ: Mapping[str, str] = os.environ) -> Profile:
+    """Return when and where a profile is to be taken, as the guide's PROFILE_* variables say."""
 
-    With ``chip``, the devices are a slice of that chip and the message speaks of slices.
+    def number(name: str, default: int) -> int:
+        text = environ.get(name) or str(default)
+        if not text.isdecimal():
+            raise BadInput(f"{name} is {text!r}; it must be a whole number, at least 0")
+        return int(text)
+
+    directory = environ.get("PROFILE_LOGDIR", "")
+    if "://" in directory:
+        raise BadInput(
+            f"PROFILE_LOGDIR is {directory!r}; profiles are written to a directory of the host: "
+            "give one, and copy it from there"
+        )
+    return Profile(
+        number("PROFILE_EPOCH", 0),
+        number("PROFILE_STEP", 3),
+        number("PROFILE_DURATION_MS", 20000),
+        directory,
+    )
+
+
+def slices(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many slices train together, as MEGASCALE_NUM_SLICES says."""
+    count = environ.get("MEGASCALE_NUM_SLICES") or "1"
+    if not count.isdecimal() or int(count) < 1:
+        raise BadInput(f"MEGASCALE_NUM_SLICES is {count!r}; it must be a number, at least 1")
+    return int(count)
+
+
+def check_devices(
+    arguments: Arguments, devices: int, slices: int = 1, chip: tpu.Chip | None = None
+) -> None:
+    """Raise BadInput unless ``devices`` devices, of all slices, share batch and weights evenly.
+
+    With ``chip``, each slice is one of that chip and the message speaks of slices.
     """
     batch = arguments.training.per_device_train_batch_size
     hidden = arguments.config["hidden_size"]
+    tensor = arguments.model.tensor_devices
 
     def name(count: int) -> str:
-        return f"{count} devices" + (f" ({chip.accelerator_type(count)})" if chip else "")
+        type_ = f" ({chip.accelerator_type(count // slices)})" if chip else ""
+        return f"{count} devices{type_}"
 
-    counts = chip.slice_chips if chip else range(1, devices + 1)
-    fitting = [n for n in counts if n <= devices and hidden % n == 0 and batch % n == 0]
+    def shares(count: int) -> tuple[int, int]:
+        """Return into how many parts a weight's hidden size and the batch are split."""
+        return count // slices // tensor, count // tensor
+
+    def fits(count: int) -> bool:
+        weight, rows = shares(count)
+        return count % (slices * tensor) == 0 and hidden % weight == 0 and batch % rows == 0
+
+    counts = [n * slices for n in chip.slice_chips] if chip else range(1, devices + 1)
+    fitting = [count for count in counts if count <= devices and fits(count)]
     largest = f"The largest slice that this batch fits: {name(max(fitting)) if fitting else 'none'}"
-    if hidden % devices:
+    if devices % (slices * tensor):
         raise BadInput(
-            f"hidden_size is {hidden}, which {name(devices)} do not divide; the weights are "
-            f"sharded along it, and the global batch is {batch}. {largest}"
+            f"spmd_2d_sharding is {tensor}, which does not divide the {name(devices // slices)} of "
+            "a slice; give a divisor"
         )
-    if batch % devices:
-        below = batch // devices * devices
-        nearest = f"{below} and {below + devices}" if below else f"{devices}"
+    weight, rows = shares(devices)
+    over = f" by {tensor}" if tensor > 1 else ""
+    if hidden % weight:
+        raise BadInput(
+            f"hidden_size is {hidden}, which {name(devices)}{over} do not divide; the weights are "
+            f"sharded along it {weight} times, and the global batch is {batch}. {largest}"
+        )
+    if batch % rows:
+        below = batch // rows * rows
+        nearest = f"{below} and {below + rows}" if below else f"{rows}"
         raise BadInput(
             f"per_device_train_batch_size, the global batch, is {batch} sequences, which "
-            f"{name(devices)} do not divide. Nearest batches that work: {nearest}. {largest}"
+            f"{name(devices)}{over} do not divide. Nearest batches that work: {nearest}. {largest}"
         )
+    evaluated = arguments.training.eval_batch
+    if arguments.training.evaluates and evaluated % rows:
+        raise BadInput(
+            f"per_device_eval_batch_size, the global batch of an evaluation, is {evaluated} "
+            f"sequences, which {name(devices)}{over} do not divide; give a multiple of {rows}"
+        )
+
+
+def _check_tensor_axis(model: ModelArguments, config: Mapping[str, Any]) -> None:
+    """Raise BadInput unless what ``spmd_2d_sharding`` splits can be split so."""
+    split = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    for key in split:
+        if config[key] % model.tensor_devices:
+            possible = math.gcd(*(config[key] for key in split))
+            raise BadInput(
+                f"spmd_2d_sharding is {model.spmd_2d_sharding}, which does not divide {key} "
+                f"{config[key]} of {model.config_name}; allowed are the divisors of {possible}"
+            )
+
+
+def _config_of(name_or_path: str) -> Path:
+    """Return the config.json of a model's directory."""
+    if not name_or_path:
+        raise BadInput("--config_name missing; give it, or a model's directory")
+    path = Path(name_or_path).expanduser() / "config.json"
+    if not path.is_file():
+        raise BadInput(
+            f"model_name_or_path is {name_or_path!r}, and there is no {path} here; give "
+            "--config_name as well, or the directory of a model with its config.json"
+        )
+    return path
 
 
 def _devices(environ: Mapping[str, str]) -> tuple[int | None, tpu.Chip | None]:
@@ -188,7 +398,7 @@ def _devices(environ: Mapping[str, str]) -> tuple[int | None, tpu.Chip | None]:
         chip, chips, _ = tpu.parse_accelerator_type(environ["TPU_ACCELERATOR_TYPE"])
     except ValueError as error:
         raise BadInput(f"TPU_ACCELERATOR_TYPE: {error}") from error
-    return chips, chip
+    return chips * slices(environ), chip
 
 
 def _check_combinations(
@@ -200,6 +410,11 @@ def _check_combinations(
             f"{' and '.join(modes)} are given together, but the experts run in one mode; give one "
             f"of --{', --'.join(get_args(ExpertsMode))}, or none for gmm"
         )
+    if model.spmd_2d_sharding and training.fsdp:
+        raise BadInput(
+            f"--spmd_2d_sharding {model.spmd_2d_sharding} and --fsdp {training.fsdp} are given "
+            "together; 2D sharding splits over both axes by itself: give one of them"
+        )
     if texts.dataset_name and texts.train_file:
         raise BadInput(
             f"--dataset_name {texts.dataset_name} and --train_file {texts.train_file} are given "
@@ -208,14 +423,46 @@ def _check_combinations(
     if not texts.dataset_name and not texts.train_file:
         raise BadInput(
             "no training text: give --dataset_name or --train_file; "
-            f"--dataset_name {data.PYTHON_HELP} needs no download"
+            f"--dataset_name {PYTHON_HELP} needs no download"
+        )
+    if texts.streaming and not (model.tokenizer_name and training.max_steps > 0):
+        missing = "--tokenizer_name" if training.max_steps > 0 else "--max_steps"
+        raise BadInput(
+            f"--streaming is given without {missing}: a tokenizer is trained on all of a text, and "
+            "its epochs are counted when all of it was read; give it, or leave --streaming out"
         )
     if not training.do_train:
         raise BadInput("nothing to do: --do_train is missing, and training is all there is; add it")
+    eval_batch, reports = training.per_device_eval_batch_size, training.report_to == "tensorboard"
+    warms_up = training.lr_scheduler_type != "constant"
+    scheduler = "--lr_scheduler_type constant_with_warmup"
+    for flag, value, used, needed in (
+        ("validation_file", texts.validation_file, training.evaluates, "--do_eval"),
+        ("per_device_eval_batch_size", eval_batch, training.evaluates, "--do_eval"),
+        ("eval_steps", training.eval_steps, training.evaluate_every, "--eval_strategy steps"),
+        ("logging_dir", training.logging_dir, reports, "--report_to tensorboard"),
+        ("warmup_steps", training.warmup_steps, warms_up, scheduler),
+        ("warmup_ratio", training.warmup_ratio, warms_up, scheduler),
+    ):
+        if value and not used:
+            raise BadInput(
+                f"--{flag} {value} would be ignored without {needed}; give that as well, or neither"
+            )
+    if training.warmup_ratio > 1:
+        raise BadInput(
+            f"warmup_ratio is {training.warmup_ratio}; it is a share of all steps, 0 to 1"
+        )
+    if texts.validation_split_percentage > 99:
+        raise BadInput(
+            f"validation_split_percentage is {texts.validation_split_percentage}; allowed are 1 to "
+            "99, for something must be left to train on"
+        )
     if training.max_steps < 1 and training.num_train_epochs == 0:
         raise BadInput("nothing to do: num_train_epochs is 0; set it, or max_steps, above 0")
-    if (training.output_dir / "metrics.jsonl").exists() and not training.overwrite_output_dir:
+    earlier = [training.output_dir / "metrics.jsonl", *training.output_dir.glob("checkpoint-*")]
+    replaced = training.overwrite_output_dir or training.continues
+    if any(path.exists() for path in earlier) and not replaced:
         raise BadInput(
-            f"output_dir {training.output_dir} holds an earlier run; give another directory, or "
-            "--overwrite_output_dir to replace it"
+            f"output_dir {training.output_dir} holds an earlier run; give another directory, "
+            "--overwrite_output_dir to replace it, or --resume_from_checkpoint auto to continue it"
         )

@@ -1,15 +1,29 @@
-"""Causal attention for transformers' ``AttentionInterface``: Pallas flash on TPU, dense elsewhere.
+"""Causal attention for transformers' ``AttentionInterface``: Pallas on TPU, dense elsewhere.
 
-Neither has a mask function: transformers then builds no mask and reads nothing from the device.
+``pallas_flash``   torch_xla's flash attention, as in the guide: one key for each query head.
+``pallas_splash``  JAX's splash attention: grouped heads share their key, and what a window hides
+                   is not computed.
+``dense``          softmax over all positions, on any device; the reference for the other two.
+
+All take ``segment_ids``, the document of every position, where documents must not see each other.
+None has a mask function: transformers then builds no mask and reads nothing from the device.
 """
 
+import jax
 import torch
+import torch_xla.core.xla_builder as xb
 import torch_xla.experimental.custom_kernel as pallas
 import torch_xla.runtime as xr
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from transformers import AttentionInterface, MixtralConfig
+
+from trainer.config import head_dim
 
 # A name with "flash" in it makes transformers look for a package to import.
 FLASH, DENSE = "pallas", "dense"
+LANES = 128  # of a TPU's registers: splash attention wants heads and sequences to fill them
+BLOCK = 512  # positions of queries and of keys that are in VMEM at a time
 
 
 def register() -> None:
@@ -19,29 +33,115 @@ def register() -> None:
 
 
 def kernel_of(config: MixtralConfig, length: int) -> str:
-    """Return the kernel that a model of ``config`` runs here on sequences of ``length``.
-
-    The Pallas kernel is for TPU, and knows no window: where the config's ``sliding_window`` is
-    shorter than the sequence, attention is dense.
-    """
-    wanted = config._attn_implementation == FLASH and xr.device_type() == "TPU"
+    """Return the kernel that a model of ``config`` runs here on sequences of ``length``."""
+    if config._attn_implementation != FLASH or xr.device_type() != "TPU":
+        return "dense"
     window = config.sliding_window
-    return "dense" if not wanted or (window and window < length) else "pallas_flash"
+    grouped = config.num_key_value_heads < config.num_attention_heads
+    if not grouped and not (window and window < length):
+        return "pallas_flash"
+    fits = length % LANES == 0 and head_dim(config.to_dict()) % LANES == 0
+    return "pallas_splash" if fits else "dense"
 
 
-def flash(module, query, key, value, attention_mask, *, scaling: float, **kwargs):
-    """Pallas flash attention where it can run (see :func:`kernel_of`), else :func:`dense`."""
-    if kernel_of(module.config, query.shape[2]) == "dense":
-        return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # The kernel does not know grouped heads: every query head gets its own copy of the keys.
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    out = pallas.flash_attention(query, key, value, causal=True, sm_scale=scaling)
+def flash(module, query, key, value, attention_mask, *, scaling: float, segment_ids=None, **kwargs):
+    """The Pallas kernel that :func:`kernel_of` names, or :func:`dense`, whose arguments it has."""
+    kernel = kernel_of(module.config, query.shape[2])
+    if kernel == "dense":
+        options = kwargs | {"scaling": scaling, "segment_ids": segment_ids}
+        return dense(module, query, key, value, attention_mask, **options)
+    if kernel == "pallas_flash":
+        ids = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
+        out = pallas.flash_attention(query, key, value, causal=True, sm_scale=scaling, **ids)
+    else:
+        out = splash(query * scaling, key, value, module.config.sliding_window, segment_ids)
     return out.transpose(1, 2), None
 
 
+def splash(query, key, value, sliding_window: int | None = None, segment_ids=None) -> torch.Tensor:
+    """Causal splash attention; off TPU the kernel is interpreted, slowly.
+
+    Args:
+        query: ``[B, heads, T, D]``, scaled; ``key`` and ``value``: ``[B, kv_heads, T, D]``, same
+            dtype; T and D multiples of ``LANES``.
+        sliding_window: how many positions a query sees, itself included; None for all.
+        segment_ids: int32 ``[B, T]``; a query sees positions with its own id only; None for all.
+
+    Returns:
+        ``[B, heads, T, D]`` in the dtype of ``query``, differentiable in all three.
+    """
+    return _Splash.apply(query, key, value, sliding_window, segment_ids)
+
+
+class _Splash(torch.autograd.Function):
+    """Forward keeps what JAX's backward asks for, so that backward need not run forward again."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, window, segment_ids):
+        ctx.window = window
+        static = {"window": window, "interpret": xr.device_type() != "TPU"}
+        arguments = (query, key, value, segment_ids)
+        out, *residuals = xb.call_jax(_splash_forward, arguments, static)
+        ctx.save_for_backward(*arguments, *residuals)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        static = {"window": ctx.window, "interpret": xr.device_type() != "TPU"}
+        saved = (gradient, *ctx.saved_tensors)
+        return *xb.call_jax(_splash_backward, saved, static), None, None
+
+
+def _splash_forward(query, key, value, segment_ids, *, window, interpret):
+    attention = _splash_attention(query, segment_ids, window, interpret)
+    out, pull_back = jax.vjp(attention, query, key, value)
+    return out, *jax.tree.leaves(pull_back)
+
+
+def _splash_backward(gradient, query, key, value, segment_ids, *residuals, window, interpret):
+    attention = _splash_attention(query, segment_ids, window, interpret)
+
+    def pull_back(*arguments):
+        return jax.vjp(attention, *arguments)[1]
+
+    # Traced again, but only for the form of what forward has kept.
+    form = jax.tree.structure(jax.eval_shape(pull_back, query, key, value))
+    return jax.tree.unflatten(form, residuals)(gradient)
+
+
+def _splash_attention(
+    query: jax.Array, segment_ids: jax.Array | None, window: int | None, interpret: bool
+):
+    _, heads, length, _ = query.shape
+    mask = masks.CausalMask((length, length))
+    if window and window < length:
+        mask = masks.LocalMask((length, length), (window - 1, 0), offset=0)
+    block = next(size for size in (BLOCK, BLOCK // 2, LANES) if length % size == 0)
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
+        interpret=interpret,
+    )
+    if segment_ids is None:
+        return jax.vmap(kernel)
+    segments = kernels.SegmentIds(segment_ids, segment_ids)
+    return lambda *arguments: jax.vmap(kernel)(*arguments, segments)
+
+
 def dense(
-    module, query, key, value, attention_mask, *, scaling: float, sliding_window=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    scaling: float,
+    sliding_window=None,
+    segment_ids=None,
+    **kwargs,
 ):
     """Softmax attention of every position over itself and the ones before it.
 
@@ -49,6 +149,7 @@ def dense(
         query: ``[B, heads, T, D]``; ``key`` and ``value``: ``[B, kv_heads, T, D]``, same dtype.
         attention_mask: ignored; sequences are packed and causal.
         sliding_window: how many positions a query sees, itself included; None for all.
+        segment_ids: int32 ``[B, T]``; a query sees positions with its own id only; None for all.
 
     Returns:
         ``([B, T, heads, D], None)``, in the dtype of ``query``; the softmax is in fp32.
@@ -63,6 +164,9 @@ def dense(
     visible = distance >= 0
     if sliding_window:
         visible = visible & (distance < sliding_window)
+    if segment_ids is not None:
+        same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
+        visible = visible & same[:, None, None]
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1).to(query.dtype)
     out = torch.einsum("bhgqk,bhkd->bhgqd", weights, value)

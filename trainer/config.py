@@ -24,6 +24,17 @@ SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
+# Of a configuration, what makes it another model
+ARCHITECTURE = (
+    *SIZES,
+    "head_dim",
+    "rms_norm_eps",
+    "sliding_window",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+)
 # What transformers' MixtralConfig knows, as its version 5 spells it and, where that differs, 4.
 MIXTRAL_KEYS: dict[str, Any] = {
     "model_type": str,
@@ -70,7 +81,6 @@ ONLY_VALUES = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "router_jitter_noise": 0.0,
-    "output_router_logits": False,
     "fsdp_transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"],
     "xla": True,
     "xla_fsdp_v2": True,

@@ -1,45 +1,92 @@
-"""Text → tokens → blocks of ``block_size`` → batches.
+"""Texts → tokens → blocks of ``block_size`` → batches.
 
-Reading and checking local text needs only the standard library. What needs numpy, datasets or
-transformers imports them where it does, because they exist only in the trainer's image.
+A text is tokenized once: its tokens stay in the cache as one array, which is mapped into memory, so
+that a host reads only its own rows of every batch. With ``--streaming`` nothing is kept: texts are
+read, shuffled in a buffer and tokenized as the run goes.
+
+What needs numpy or transformers imports them where it does, because they exist only in the
+trainer's image.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import os
+import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.config import read_utf8
+from trainer import hub
 from trainer.flags import BadInput
+from trainer.texts import (
+    check_parquet,
+    read_texts,
+    split_texts,
+    stream_texts,
+    validation_texts,
+)
 
 if TYPE_CHECKING:
     import numpy as np
+    from datasets import IterableDataset
     from transformers import PreTrainedTokenizerFast
 
     from trainer.arguments import Arguments
 
-PYTHON_HELP = "python-help"
-TEXT_FILES = 'a .txt, or a .json or .jsonl with one object {"text": ...} a line, in UTF-8'
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1 and 2, as in Mixtral's own tokenizer
 _BYTES = 256  # the alphabet of a byte-level BPE
 _TEXTS_AT_ONCE = 1000
+_SHUFFLE_BUFFER = 10_000  # texts, of a stream
+
+
+class Batch(NamedTuple):
+    """Some ``rows`` of a global batch of ``size`` rows.
+
+    ``tokens`` are int32 [rows, block_size]; ``segments``, like them, count the documents of a row
+    from 0, and are None unless they are asked for.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray | None
+    rows: Sequence[int]
+    size: int
 
 
 @dataclass(frozen=True)
 class Blocks:
     """The training text as ``tokens``, int32 [blocks, block_size], and the tokenizer it came from.
 
-    ``bytes_per_token`` is the UTF-8 length of the text over its number of tokens.
+    ``bytes_per_token`` is the UTF-8 length of the text over its number of tokens. ``ends`` are the
+    positions in the joined tokens, int64 ascending, at which a document ends. ``crc32`` is of all
+    tokens. ``validation`` is the text to evaluate on; None without an evaluation.
     """
 
     tokens: np.ndarray
     bytes_per_token: float
     tokenizer: PreTrainedTokenizerFast
+    ends: np.ndarray | None = None
+    crc32: int = 0
+    validation: Blocks | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The training text of ``--streaming``, with a sample's ``bytes_per_token`` and ``crc32``."""
+
+    texts: IterableDataset
+    column: str
+    block_size: int
+    bytes_per_token: float
+    tokenizer: PreTrainedTokenizerFast
+    crc32: int
+    validation: Blocks | None
 
 
 def check(arguments: Arguments) -> None:
@@ -51,57 +98,14 @@ def check(arguments: Arguments) -> None:
             f"{_BYTES + len(SPECIAL_TOKENS)}. Raise it in {arguments.model.config_name}, or give "
             "--tokenizer_name"
         )
-    path = arguments.data.train_file
-    if path:
-        # No token is shorter than a byte.
-        _check_fills_block(path, _size(read_texts(path)), "bytes", arguments.data.block_size)
-
-
-def load_texts(arguments: Arguments) -> Sequence[str]:
-    """Return the training texts: a dataset's train split, a file's lines, or Python's help topics.
-
-    As in run_clm, a dataset's texts are its column ``text``, or its first column. Raises BadInput.
-    """
-    name, config_name = arguments.data.dataset_name, arguments.data.dataset_config_name
-    if arguments.data.train_file:
-        return read_texts(arguments.data.train_file)
-    if name == PYTHON_HELP:
-        from pydoc_data.topics import topics
-
-        return [topics[topic] for topic in sorted(topics)]
-
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(
-            name, config_name or None, split="train", cache_dir=arguments.model.cache_dir
-        )
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"dataset {name!r} with configuration {config_name or None!r} cannot be loaded; check "
-            f"the names and the network, or take {PYTHON_HELP}, which needs none: {error}"
-        ) from error
-    column = "text" if "text" in dataset.column_names else dataset.column_names[0]
-    return dataset[column]
-
-
-def read_texts(path: Path) -> list[str]:
-    """Return the lines of a .txt, with their ends, or the ``text`` of each line of a .json(l).
-
-    Raises BadInput if the file is missing, empty, or something else.
-    """
-    if path.suffix not in (".txt", ".json", ".jsonl"):
-        raise BadInput(f"train_file {path} ends in {path.suffix!r}; allowed is {TEXT_FILES}")
-    # Not splitlines: it also splits at characters that a .txt or a JSON string may well contain.
-    lines = read_utf8(path).split("\n")
-    texts = [f"{line}\n" for line in lines[:-1]] + lines[-1:]
-    if path.suffix != ".txt":
-        numbered = ((number, line) for number, line in enumerate(texts, 1) if line.strip())
-        texts = [_text_of(path, number, line) for number, line in numbered]
-    texts = [text for text in texts if text]
-    if not any(text.strip() for text in texts):
-        raise BadInput(f"train_file {path} is empty; it must hold {TEXT_FILES}")
-    return texts
+    for flag in ("train_file", "validation_file"):
+        path = getattr(arguments.data, flag)
+        if path and path.suffix == ".parquet":
+            check_parquet(path, flag)
+        elif path:
+            # No token is shorter than a byte.
+            size = sum(len(text.encode()) for text in read_texts(path, flag))
+            _check_fills_block(path, size, "bytes", arguments.data.block_size)
 
 
 def load_tokenizer(arguments: Arguments, texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -115,13 +119,11 @@ def load_tokenizer(arguments: Arguments, texts: Sequence[str]) -> PreTrainedToke
 
     from transformers import AutoTokenizer
 
-    try:
+    otherwise = "without --tokenizer_name, one is trained on the text"
+    with hub.loading("tokenizer", name, "check it", otherwise):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=arguments.model.cache_dir)
-    except (OSError, ValueError) as error:
-        raise BadInput(
-            f"tokenizer {name!r} cannot be loaded; check its name, the network, and whether it "
-            f"asks for a login (without --tokenizer_name, one is trained on the text): {error}"
-        ) from error
+    if not tokenizer.is_fast:
+        raise BadInput(f"tokenizer {name!r} is a slow one; take one that has a tokenizer.json")
     if len(tokenizer) > vocab_size:
         raise BadInput(
             f"tokenizer {name!r} has {len(tokenizer)} tokens, more than the model's vocab_size of "
@@ -131,29 +133,82 @@ def load_tokenizer(arguments: Arguments, texts: Sequence[str]) -> PreTrainedToke
 
 
 def blocks(arguments: Arguments) -> Blocks:
-    """Load, tokenize and pack the training text, saying how far it is.
+    """Load, tokenize and pack the training text and that of an evaluation, saying how far it is.
 
     As in run_clm, all texts are joined and cut into blocks; what does not fill the last is dropped.
-    Raises BadInput, also if the text is shorter than one block or, under drop_last, than one batch.
+    Tokens that the cache has already are not made again. Raises BadInput, also if a text is shorter
+    than one block or, under drop_last, than one batch.
     """
-    import numpy as np
-
+    _limit_threads(arguments)
     source = arguments.data.train_file or arguments.data.dataset_name
-    block_size = arguments.data.block_size
-    batch = arguments.training.per_device_train_batch_size
-    texts = load_texts(arguments)
-    tokenizer = load_tokenizer(arguments, texts)
-    tokens = np.concatenate(list(_tokenize(tokenizer, texts)))
-    _check_fills_block(source, len(tokens), "tokens", block_size)
-    count = len(tokens) // block_size
+    batch = arguments.training.global_batch
+    texts, validation = split_texts(arguments)
+    tokenizer = load_tokenizer(arguments, texts) if arguments.model.tokenizer_name else None
+    packed = _pack(arguments, source, texts, tokenizer)
+    count = len(packed.tokens)
     if count < batch and arguments.training.dataloader_drop_last:
         raise BadInput(
-            f"{source} has {count} blocks of {block_size} tokens, fewer than one batch of {batch}, "
-            "and --dataloader_drop_last drops an incomplete batch; lower the batch or block_size"
+            f"{source} has {count} blocks of {arguments.data.block_size} tokens, fewer than one "
+            f"batch of {batch}, and --dataloader_drop_last drops an incomplete batch; lower the "
+            "batch or block_size"
         )
-    _say(f"{len(texts)} texts, {len(tokens)} tokens, {count} blocks of {block_size}")
-    packed = tokens[: count * block_size].reshape(count, block_size)
-    return Blocks(packed, _size(texts) / len(tokens), tokenizer)
+    return replace(packed, validation=_pack_validation(arguments, validation, packed.tokenizer))
+
+
+def stream(arguments: Arguments) -> Stream:
+    """Return what ``--streaming`` reads, after a look at the first texts; raises BadInput."""
+    import numpy as np
+
+    _limit_threads(arguments)
+    texts, column = stream_texts(arguments)
+    tokenizer = load_tokenizer(arguments, [])
+    sample = [row[column] for row in texts.take(_TEXTS_AT_ONCE)]
+    tokens = np.concatenate(_tokenize(tokenizer, sample))
+    size = sum(len(text.encode()) for text in sample)
+    source = arguments.data.train_file or arguments.data.dataset_name
+    _check_fills_block(source, len(tokens), "tokens", 1)
+    texts = texts.shuffle(seed=arguments.training.seed, buffer_size=_SHUFFLE_BUFFER)
+    block_size, crc32 = arguments.data.block_size, zlib.crc32(tokens)
+    validation = _pack_validation(arguments, validation_texts(arguments), tokenizer)
+    return Stream(texts, column, block_size, size / len(tokens), tokenizer, crc32, validation)
+
+
+def _pack(
+    arguments: Arguments,
+    source: Path | str,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast | None,
+) -> Blocks:
+    """Return the blocks of ``texts``, from the cache if it has them; None: train a tokenizer."""
+    import numpy as np
+    from transformers import PreTrainedTokenizerFast
+
+    directory = _cached(arguments, texts, tokenizer)
+    if directory.is_dir():
+        _say(f"tokens are in {directory}")
+        tokenizer = tokenizer or PreTrainedTokenizerFast.from_pretrained(directory)
+    else:
+        tokenizer = tokenizer or load_tokenizer(arguments, texts)
+        _write_tokens(directory, tokenizer, texts)
+    info = json.loads((directory / "info.json").read_text())
+    block_size = arguments.data.block_size
+    _check_fills_block(source, info["tokens"], "tokens", block_size)
+    shape = (info["tokens"] // block_size, block_size)
+    _say(
+        f"{source}: {len(texts)} texts, {info['tokens']} tokens, {shape[0]} blocks of {block_size}"
+    )
+    tokens = np.memmap(directory / "tokens", np.int32, "r", shape=shape)
+    ends = np.load(directory / "ends.npy", mmap_mode="r")
+    return Blocks(tokens, info["bytes"] / info["tokens"], tokenizer, ends, info["crc32"])
+
+
+def _pack_validation(
+    arguments: Arguments, texts: Sequence[str], tokenizer: PreTrainedTokenizerFast
+) -> Blocks | None:
+    if not arguments.training.evaluates:
+        return None
+    source = arguments.data.validation_file or "the text to evaluate on"
+    return _pack(arguments, source, texts, tokenizer)
 
 
 def steps_per_epoch(blocks: Blocks, global_batch: int, drop_last: bool) -> int:
@@ -162,18 +217,183 @@ def steps_per_epoch(blocks: Blocks, global_batch: int, drop_last: bool) -> int:
     return full + bool(rest and not drop_last)
 
 
-def batches(blocks: Blocks, global_batch: int, seed: int, drop_last: bool) -> Iterator[np.ndarray]:
-    """Yield int32 [global_batch, block_size] without end, in an order that (seed, epoch) decides.
+def batches(
+    blocks: Blocks,
+    rows: Sequence[int],
+    global_batch: int,
+    seed: int,
+    drop_last: bool,
+    first_step: int = 0,
+    isolate: bool = False,
+) -> Iterator[Batch]:
+    """Yield ``rows`` of every global batch without end, in an order that (seed, epoch) decides.
 
-    Every batch is full: without ``drop_last``, an epoch's last is completed from its beginning.
+    Nothing else is read. Every batch is full: without ``drop_last``, an epoch's last is completed
+    from its beginning. The first is that of ``first_step``, counted from 0 over all epochs.
+    ``isolate`` adds the segments.
     """
     import numpy as np
 
     steps = steps_per_epoch(blocks, global_batch, drop_last)
-    for epoch in itertools.count():
+    first_epoch, skipped = divmod(first_step, steps)
+    for epoch in itertools.count(first_epoch):
         order = np.random.default_rng((seed, epoch)).permutation(len(blocks.tokens))
-        for rows in np.resize(order, (steps, global_batch)):
-            yield blocks.tokens[rows]
+        for chosen in np.resize(order, (steps, global_batch))[skipped:]:
+            yield _batch(blocks, chosen, rows, isolate)
+        skipped = 0
+
+
+def validation_batches(
+    blocks: Blocks, rows: Sequence[int], global_batch: int, isolate: bool = False
+) -> Iterator[Batch]:
+    """Yield ``rows`` of global batches that have every block once, in order.
+
+    The last batch is completed from the beginning.
+    """
+    import numpy as np
+
+    steps = steps_per_epoch(blocks, global_batch, drop_last=False)
+    for chosen in np.resize(np.arange(len(blocks.tokens)), (steps, global_batch)):
+        yield _batch(blocks, chosen, rows, isolate)
+
+
+def _batch(blocks: Blocks, chosen: np.ndarray, rows: Sequence[int], isolate: bool) -> Batch:
+    """Return ``rows`` of the global batch of the ``chosen`` blocks; no others are read."""
+    import numpy as np
+
+    size, chosen = len(chosen), chosen[rows]
+    segments = None
+    if isolate:
+        length = blocks.tokens.shape[1]
+        positions = chosen[:, None].astype(np.int64) * length + np.arange(length)
+        documents = np.searchsorted(blocks.ends, positions, side="right")
+        segments = (documents - documents[:, :1]).astype(np.int32)
+    return Batch(blocks.tokens[chosen], segments, rows, size)
+
+
+def stream_batches(
+    stream: Stream,
+    rows: Sequence[int],
+    global_batch: int,
+    first_step: int = 0,
+    isolate: bool = False,
+) -> Iterator[Batch]:
+    """Yield ``rows`` of every global batch of a stream without end, as :func:`batches` does.
+
+    A position in a stream is found again by reading it from its beginning up to ``first_step``.
+    """
+    import numpy as np
+
+    said = time.monotonic()
+    packed = _stream_blocks(stream)
+    for step in itertools.count():
+        blocks = [next(packed) for _ in range(global_batch)]
+        if step < first_step:
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                _say(f"{step} of {first_step} batches skipped, which are trained on already")
+            continue
+        tokens, documents = (np.stack([pair[part] for pair in blocks])[rows] for part in (0, 1))
+        segments = documents - documents[:, :1] if isolate else None
+        yield Batch(tokens, segments, rows, global_batch)
+
+
+def _stream_blocks(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the tokens of every block, int32 [block_size], and the numbers of their documents."""
+    import numpy as np
+
+    tokens = documents = np.empty(0, np.int32)
+    for epoch in itertools.count():
+        stream.texts.set_epoch(epoch)
+        texts = (row[stream.column] or "" for row in stream.texts)
+        while chunk := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
+            ids = _tokenize(stream.tokenizer, chunk)
+            first = documents[-1] + 1 if len(documents) else 0
+            numbers = np.arange(first, first + len(ids), dtype=np.int32)
+            tokens = np.concatenate([tokens, *ids])
+            documents = np.concatenate([documents, np.repeat(numbers, [len(one) for one in ids])])
+            whole = len(tokens) // stream.block_size * stream.block_size
+            pairs = (part[:whole].reshape(-1, stream.block_size) for part in (tokens, documents))
+            yield from zip(*pairs, strict=True)
+            tokens, documents = tokens[whole:], documents[whole:] - first
+
+
+def _cached(
+    arguments: Arguments, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast | None
+) -> Path:
+    """Return where the tokens of these texts by this tokenizer are, or are to be."""
+    import tokenizers
+    from huggingface_hub import constants
+
+    built_in = f"{tokenizers.__version__} {arguments.config['vocab_size']}"
+    digest = hashlib.sha256()
+    digest.update(tokenizer.backend_tokenizer.to_str().encode() if tokenizer else built_in.encode())
+    for text in texts:
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    cache = arguments.model.cache_dir or Path(constants.HF_HOME)
+    return cache / "tokens" / digest.hexdigest()
+
+
+def _write_tokens(
+    directory: Path, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> None:
+    """Tokenize ``texts`` into ``directory``, which is there when it is complete."""
+    import numpy as np
+
+    said = started = time.monotonic()
+    lengths, size, crc32 = [], 0, 0
+    hidden = None
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(dir=directory.parent))
+        with (hidden / "tokens").open("wb") as file:
+            for start in range(0, len(texts), _TEXTS_AT_ONCE):
+                chunk = texts[start : start + _TEXTS_AT_ONCE]
+                ids = _tokenize(tokenizer, chunk)
+                lengths += [len(one) for one in ids]
+                size += sum(len(text.encode()) for text in chunk)
+                joined = np.concatenate(ids)
+                crc32 = zlib.crc32(joined, crc32)
+                joined.tofile(file)
+                done = start + len(chunk)
+                if (now := time.monotonic()) - said > 5:
+                    said = now
+                    left = (now - started) / done * (len(texts) - done)
+                    _say(f"{100 * done // len(texts)} % of {len(texts)} texts, {left:.0f} s left")
+        np.save(hidden / "ends.npy", np.cumsum(lengths, dtype=np.int64))
+        tokenizer.save_pretrained(hidden)
+        info = {"tokens": sum(lengths), "bytes": size, "crc32": crc32}
+        (hidden / "info.json").write_text(json.dumps(info))
+        hidden.chmod(0o755)  # mkdtemp makes it its owner's alone
+        hidden.rename(directory)
+    except OSError as error:
+        if not directory.is_dir():  # nor has another process made it meanwhile
+            raise BadInput(
+                f"the tokens cannot be written to {directory}: {error.strerror or error}. Make "
+                "room there, or give another --cache_dir"
+            ) from error
+    finally:
+        if hidden:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return each text's tokens, int32, as a call of the tokenizer does, in threads of its own."""
+    import numpy as np
+
+    # Of what a call gives besides, nothing is needed, and all of it is made in one thread.
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    found = backend.encode_batch_fast(list(texts))
+    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
+
+def _limit_threads(arguments: Arguments) -> None:
+    if count := arguments.data.preprocessing_num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(count)  # read when the first text is tokenized
 
 
 def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -197,41 +417,12 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Iterator[np.ndarray]:
-    """Yield the tokens of each text, int32, and say every few seconds how far it is."""
-    import numpy as np
-
-    said = time.monotonic()
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        if time.monotonic() - said > 2:
-            said = time.monotonic()
-            _say(f"{start} of {len(texts)} texts tokenized")
-        for ids in tokenizer(texts[start : start + _TEXTS_AT_ONCE])["input_ids"]:
-            yield np.asarray(ids, dtype=np.int32)
-
-
-def _text_of(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"train_file {path}: line {number} is {line.strip()[:60]!r}; it must be a JSON object "
-            'whose "text" is a text'
-        ) from error
-    return text
-
-
 def _check_fills_block(source: Path | str, length: int, unit: str, block_size: int) -> None:
     if length < block_size:
         raise BadInput(
             f"{source} has {length} {unit}, fewer than one block of {block_size} tokens; give more "
             "text, or a smaller --block_size"
         )
-
-
-def _size(texts: Sequence[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 def _say(message: str) -> None:

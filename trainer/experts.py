@@ -7,14 +7,21 @@
 Each has the signature of transformers' experts interface, ``fn(module, hidden, index, weights)``:
 hidden ``[N, H]``, the top-k experts of every token ``[N, k]`` (int64) and their weights ``[N, k]``
 (fp32), result ``[N, H]`` in hidden's dtype. ``module`` is transformers' ``MixtralExperts`` with
-``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``.
+``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``. Where the mesh splits ``I`` over its axis
+``tensor``, each device computes with its part of every expert, and the parts' results are summed.
 """
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from trainer.grouped_matmul import grouped_matmul, kernel
+from trainer.sharding import combine, spread
 
 MODES = ("gmm", "gmm_stack", "static")
 
@@ -22,7 +29,62 @@ MODES = ("gmm", "gmm_stack", "static")
 def register() -> None:
     """Make the three modes known to transformers as ``experts_implementation``."""
     for name, function in (("gmm", gmm), ("gmm_stack", gmm_stack), ("static", static)):
-        ALL_EXPERTS_FUNCTIONS.register(name, function)
+        ALL_EXPERTS_FUNCTIONS.register(name, _split(function))
+
+
+def _split(function):
+    """Return ``function`` as it computes on experts of which the device holds a part."""
+
+    @functools.wraps(function)
+    def run(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
+        return combine(function(module, spread(hidden_NH), index_NK, spread(weights_NK)))
+
+    return run
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the routers sent a batch, over all of its tokens and all layers; fp32 on the device."""
+
+    load: torch.Tensor  # [E], each expert's share of the tokens' choices; sums to 1
+    entropy: torch.Tensor  # of a token's probabilities of the experts, in nats, at most ln E
+    aux_loss: torch.Tensor  # the load balancing loss, differentiable; k where all load is equal
+
+
+@contextlib.contextmanager
+def routed(router: torch.nn.Module) -> Iterator[list]:
+    """Collect what ``router``, transformers' ``MixtralTopKRouter``, returns in this context."""
+    outputs: list = []
+    hook = router.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def routing_means(logits_NE: torch.Tensor, index_NK: torch.Tensor) -> torch.Tensor:
+    """Return what :class:`Routing` is made of, as means over tokens, fp32 ``[2E + 1]``.
+
+    Each expert's share of the tokens' choices, its mean probability, and the mean entropy.
+    """
+    log_NE = F.log_softmax(logits_NE.float(), dim=-1)
+    probability_NE = log_NE.exp()
+    load_E = F.one_hot(index_NK, logits_NE.shape[-1]).float().mean((0, 1))
+    entropy = -(probability_NE.detach() * log_NE.detach()).sum(-1).mean(0, keepdim=True)
+    return torch.cat([load_E, probability_NE.mean(0), entropy])
+
+
+def routing(means: torch.Tensor, experts: int, top_k: int) -> Routing:
+    """Return the routing of equally many tokens each from :func:`routing_means`, ``[…, 2E + 1]``.
+
+    The auxiliary loss is E · Σ_e f_e · P_e (Fedus et al. 2021, equations 4 to 6) as in
+    transformers: f_e is how often a token chose e, and means are over the tokens of all layers.
+    """
+    means = means.flatten(0, -2).mean(0)
+    load_E, probability_E, entropy = means.split([experts, experts, 1])
+    load_E = load_E.detach()
+    aux_loss = experts * top_k * (load_E * probability_E).sum()
+    return Routing(load_E, entropy.detach().squeeze(0), aux_loss)
 
 
 def kernel_of(mode: str) -> str:

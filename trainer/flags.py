@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -71,7 +71,7 @@ def _fields(group: type) -> Iterable[tuple[dataclasses.Field, Any, str, float]]:
     hints = get_type_hints(group, include_extras=True)
     for field in dataclasses.fields(group):
         kind, help_text, *bounds = get_args(hints[field.name])
-        if isinstance(kind, types.UnionType):
+        if get_origin(kind) in (types.UnionType, Union):
             kind = get_args(kind)[0]
         yield field, kind, help_text, bounds[0].value if bounds else -math.inf
 
@@ -117,6 +117,10 @@ def _converter(kind: Any, least: float) -> Callable[[str], Any]:
     def path(text: str) -> Path:
         if not text:
             raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
+        if "://" in text:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not allowed; it must be a path. Mount a bucket, and give that path"
+            )
         return Path(text).expanduser()
 
     return choice if choices else {int: number, float: number, Path: path}.get(kind, str)

@@ -17,9 +17,10 @@ import torch_xla.runtime as xr
 # Rows of one dot in the loop: large enough to amortise the loop, small enough that the last, partly
 # filled block of an expert costs little.
 BLOCK_ROWS = 128
-# Megablox tiles (rows, k, n). torch_xla's own choice overflows a chip's VMEM at Mixtral's sizes.
-TILING = (512, 1024, 1024)
-ROW_TILE = 128  # Megablox wants whole row tiles: rows are padded to a multiple of this.
+# Megablox' largest tiles (rows, k, n). torch_xla's own choice overflows a chip's VMEM at Mixtral's
+# sizes.
+TILES = (512, 1024, 1024)
+LANES = 128  # of a TPU's registers: tiles are multiples of it
 
 
 def kernel() -> str:
@@ -60,25 +61,39 @@ class _GroupedMatmul(torch.autograd.Function):
 def _gmm(lhs, rhs, sizes, *, transpose_rhs: bool):
     if kernel() == "grouped_loop":
         return xb.call_jax(_loop_gmm, (lhs, rhs, sizes), {"transpose": transpose_rhs})
-    rows = lhs.shape[0]
-    lhs = _pad_rows(lhs)
-    return pallas.gmm(lhs, rhs, sizes, _tiling(lhs), transpose_rhs=transpose_rhs)[:rows]
+    rows, width = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+    tiles = tiling(*lhs.shape, width)
+    lhs = _pad_rows(lhs, tiles[0])
+    return pallas.gmm(lhs, rhs, sizes, tiles, transpose_rhs=transpose_rhs)[:rows]
 
 
 def _tgmm(lhs, rhs, sizes):
     """``out[g] = lhs[rows of g].T @ rhs[rows of g]``, ``[M, N], [M, K] -> [G, N, K]``."""
     if kernel() == "grouped_loop":
         return xb.call_jax(_loop_tgmm, (lhs, rhs, sizes))
-    lhs, rhs = _pad_rows(lhs), _pad_rows(rhs)
-    return pallas.tgmm(lhs.t(), rhs, sizes, _tiling(lhs))
+    tiles = tiling(*lhs.shape, rhs.shape[1])
+    lhs, rhs = _pad_rows(lhs, tiles[0]), _pad_rows(rhs, tiles[0])
+    return pallas.tgmm(lhs.t(), rhs, sizes, tiles)
 
 
-def _pad_rows(rows: torch.Tensor) -> torch.Tensor:
-    return F.pad(rows, (0, 0, 0, -rows.shape[0] % ROW_TILE))
+def tiling(rows: int, k: int, n: int) -> tuple[int, int, int]:
+    """Return Megablox' tiles for a product of ``rows`` by ``k`` with groups of ``k`` by ``n``.
+
+    Rows must be padded to a multiple of the first. Where the others do not divide ``k`` and ``n``,
+    the kernel masks what the last tile has too much; the tile is the one that has least.
+    """
+
+    def tile(size: int, largest: int) -> int:
+        if size <= largest:
+            return size
+        candidates = range(largest, largest // 2 - 1, -LANES)
+        return min(candidates, key=lambda candidate: -size % candidate)
+
+    return min(TILES[0], rows + -rows % LANES), tile(k, TILES[1]), tile(n, TILES[2])
 
 
-def _tiling(lhs: torch.Tensor) -> tuple[int, int, int]:
-    return (TILING[0] if lhs.shape[0] % TILING[0] == 0 else ROW_TILE, *TILING[1:])
+def _pad_rows(rows: torch.Tensor, multiple: int) -> torch.Tensor:
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple))
 
 
 def _for_each_block(sizes: jax.Array, group: jax.Array, body, init):

@@ -3,14 +3,22 @@
 The formulas need no weights and no torch; they read the configuration.
 """
 
+from __future__ import annotations
+
 import json
 import math
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from trainer.config import head_dim
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# Fewer steps than this say nothing about the time of one.
+LEAST_STEPS = 3
 
 
 def parameter_counts(config: dict[str, Any]) -> tuple[int, int]:
@@ -45,22 +53,36 @@ def flops_per_token(config: dict[str, Any], block_size: int) -> float:
 class MetricsWriter:
     """Writes metrics.jsonl, one object a line, each on disk before the next step begins.
 
-    A file of an earlier run at ``path`` is replaced.
+    Of a file that is at ``path``, the lines of the steps before ``kept_steps`` stay. The same
+    numbers go to ``board`` as scalars, if there is one.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+    def __init__(self, path: Path, kept_steps: int = 0, board: SummaryWriter | None = None) -> None:
+        self._board = board
+        kept = path.with_name(path.name + ".tmp")
+        kept.write_text("".join(_lines_before(path, kept_steps)), encoding="utf-8")
+        kept.replace(path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def write(self, step: int, loss: float, step_time_s: float, tokens_per_s: float) -> None:
-        """Append the line of one step, counted from 0; a loss that is not finite becomes null."""
+    def write(self, step: int, **values: float | list[float]) -> None:
+        """Append the line of one step, counted from 0; a number that is not finite becomes null."""
         line = {
             "step": step,
-            "loss": loss if math.isfinite(loss) else None,
-            "step_time_s": step_time_s,
-            "tokens_per_s": tokens_per_s,
+            **{name: _finite(value) for name, value in values.items()},
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
         self._file.write(json.dumps(line) + "\n")
+        self.show(step, "train", **values)
+
+    def show(self, step: int, group: str, **values: float | list[float]) -> None:
+        """Show values in TensorBoard alone, if there is one; of a list, each by its number."""
+        if self._board:
+            for name, value in values.items():
+                tags = {f"{group}/{name}": value}
+                if isinstance(value, list):
+                    tags = {f"{group}/{name}/{number}": one for number, one in enumerate(value)}
+                for tag, scalar in tags.items():
+                    self._board.add_scalar(tag, scalar, step)
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +94,20 @@ class MetricsWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _finite(value: float | list[float]) -> float | list[float] | None:
+    return value if isinstance(value, list) or math.isfinite(value) else None
+
+
+def _lines_before(path: Path, step: int) -> list[str]:
+    """Return the lines of the steps before ``step``, without one that a kill cut short."""
+    if not (step and path.exists()):
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -4,7 +4,12 @@ Parameters stay per layer, under transformers' names. Inside a step they are sta
 become the body of one XLA loop, and backward runs a second loop in reverse that recomputes each
 layer from its input. The program's size and compile time do not depend on the depth, and no layer's
 activations outlive the layer.
+
+One parameter has another shape than transformers': ``gate_up_proj`` is ``[E, 2, I, H]``, so that
+both of its halves can be split along ``I``.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +20,26 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from trainer import attention, experts
 from trainer.sharding import (
+    BATCH_SHARDING,
+    FSDP,
     HIDDEN_SHARDING,
+    SLICE,
+    assemble,
+    combine,
     enter_manual,
     gather,
     leave_manual,
     partition_spec,
-    replicate,
+    put,
     shard,
+    size,
+    spread,
 )
 
+GATE_UP = "gate_up_proj"
 ROPE_SHARDING = (None, None, None)  # cos and sin, [1, T, D], whole on every device
+ROUTING_SHARDING = (None, BATCH_SHARDING[0], None)  # [layers, shards of the batch, 2E + 1]
+IGNORED = -100  # a target that is not predicted, for transformers as for PyTorch
 
 
 def build(
@@ -32,7 +47,8 @@ def build(
 ) -> MixtralForCausalLM:
     """Return transformers' Mixtral for the content of a config.json, on the meta device.
 
-    ``experts_mode`` is one of ``experts.MODES``. :func:`initialize` gives the model its weights.
+    ``experts_mode`` is one of ``experts.MODES``. :func:`initialize` or :func:`load` gives the model
+    its weights.
     """
     experts.register()
     attention.register()
@@ -43,7 +59,21 @@ def build(
             attn_implementation=attention.FLASH if flash_attention else attention.DENSE,
             experts_implementation=experts_mode,
         )
+    for layer in model.model.layers:
+        experts_ = layer.mlp.experts
+        setattr(experts_, GATE_UP, torch.nn.Parameter(experts_.gate_up_proj.unflatten(1, (2, -1))))
+        layer.self_attn.register_forward_pre_hook(_spread_input, with_kwargs=True)
+        layer.self_attn.register_forward_hook(_combine_output)
     return model.train()
+
+
+def _spread_input(attention, args, kwargs):
+    return args, kwargs | {"hidden_states": spread(kwargs["hidden_states"])}
+
+
+def _combine_output(attention, args, output):
+    hidden, weights = output
+    return combine(hidden), weights
 
 
 def initialize(model: MixtralForCausalLM, seed: int) -> None:
@@ -56,44 +86,90 @@ def initialize(model: MixtralForCausalLM, seed: int) -> None:
     for prefix, module in model.named_modules():
         module.to_empty(device="cpu", recurse=False)
         model._init_weights(module)
-        place(module, prefix)
+        for name, parameter in module.named_parameters(recurse=False):
+            place(module, prefix, name, parameter.data)
+        _place_buffers(module)
     model.tie_weights()
 
 
-def place(module: torch.nn.Module, prefix: str) -> None:
-    """Move one module's own parameters and buffers, named below ``prefix``, to their shards."""
-    device = torch_xla.device()
-    for name, parameter in module.named_parameters(recurse=False):
-        spec = partition_spec(f"{prefix}.{name}")
-        setattr(module, name, torch.nn.Parameter(shard(parameter.data.to(device), spec)))
+def load(model: MixtralForCausalLM, read: Callable[[str, torch.Size], torch.Tensor]) -> None:
+    """Give a model on meta the weights that ``read`` returns, placed shard by shard on the mesh.
+
+    ``read`` takes a parameter's name and shape and returns it on the host, of any type. Host memory
+    holds one parameter at a time.
+    """
+    untied = {name for name, _ in model.named_parameters()}
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if (full_name := f"{prefix}.{name}") in untied:
+                data = read(full_name, parameter.shape).to(parameter.dtype)
+                place(module, prefix, name, data)
+        if next(module.buffers(recurse=False), None) is not None:  # the rotary embedding's
+            module.to_empty(device="cpu", recurse=False)
+            model._init_weights(module)
+            _place_buffers(module)
+    model.tie_weights()
+
+
+def place(module: torch.nn.Module, prefix: str, name: str, data: torch.Tensor) -> None:
+    """Make ``data``, on the host, the parameter ``name`` of a module, and move it to its shards."""
+    data = put(data, partition_spec(f"{prefix}.{name}"))
+    setattr(module, name, torch.nn.Parameter(data))
+
+
+def _place_buffers(module: torch.nn.Module) -> None:
     for name, buffer in module.named_buffers(recurse=False):
-        setattr(module, name, buffer.to(device))
+        setattr(module, name, buffer.to(torch_xla.device()))
 
 
 def causal_lm_loss(
-    model: MixtralForCausalLM, tokens_BT: torch.Tensor, *, recompute: bool = True
-) -> torch.Tensor:
-    """Return the mean cross-entropy, in nats per predicted token, as an fp32 scalar.
+    model: MixtralForCausalLM,
+    tokens_BT: torch.Tensor,
+    segments_BT: torch.Tensor | None = None,
+    *,
+    recompute: bool = True,
+) -> tuple[torch.Tensor, experts.Routing]:
+    """Return the mean cross-entropy, in nats per predicted token, an fp32 scalar, and the routing.
+
+    What the configuration wants the model trained on is :func:`training_loss` of the two.
 
     Args:
         model: weights on the mesh.
         tokens_BT: int64 on the mesh, split on the batch. Position t predicts position t + 1.
+        segments_BT: int32 like tokens_BT, the document of every position: it sees no other one,
+            and does not predict the first token of the next. None: one document.
         recompute: run the layers as a scan that recomputes them in backward (activation
             checkpointing); else one after the other, keeping their activations.
     """
     decoder = model.model
-    embedding_VH = replicate(decoder.embed_tokens.weight, partition_spec("embed_tokens.weight"))
+    embedding_VH = assemble(decoder.embed_tokens.weight, partition_spec("embed_tokens.weight"))
     hidden_BTH = shard(F.embedding(tokens_BT, embedding_VH), HIDDEN_SHARDING)
     positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
     cos, sin = decoder.rotary_emb(hidden_BTH, positions)
-    hidden_BTH = decode(list(decoder.layers), hidden_BTH, cos, sin, recompute=recompute)
+    layers = list(decoder.layers)
+    hidden_BTH, means = decode(layers, hidden_BTH, cos, sin, segments_BT, recompute=recompute)
+    config = model.config
+    routing = experts.routing(means, config.num_local_experts, config.num_experts_per_tok)
     norm = decoder.norm
     hidden_BTH = functional_call(
-        norm, {"weight": replicate(norm.weight, partition_spec("norm.weight"))}, hidden_BTH
+        norm, {"weight": assemble(norm.weight, partition_spec("norm.weight"))}, hidden_BTH
     )
-    head_VH = replicate(model.lm_head.weight, partition_spec("lm_head.weight"))
+    head_VH = assemble(model.lm_head.weight, partition_spec("lm_head.weight"))
     logits_BTV = F.linear(hidden_BTH[:, :-1], head_VH).float()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
+    targets_BT = tokens_BT[:, 1:]
+    if segments_BT is not None:
+        targets_BT = targets_BT.where(segments_BT[:, 1:] == segments_BT[:, :-1], IGNORED)
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+    return loss, routing
+
+
+def training_loss(
+    config: MixtralConfig, cross_entropy: torch.Tensor, routing: experts.Routing
+) -> torch.Tensor:
+    """Return the loss to train on, transformers' own: with the auxiliary loss if config asks."""
+    if not config.output_router_logits:
+        return cross_entropy
+    return cross_entropy + config.router_aux_loss_coef * routing.aux_loss
 
 
 def decode(
@@ -101,21 +177,37 @@ def decode(
     hidden_BTH: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
+    segments_BT: torch.Tensor | None = None,
     *,
     recompute: bool,
-) -> torch.Tensor:
-    """Run ``layers`` over ``hidden_BTH`` (split on the batch), every device on its own tokens."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run ``layers`` over ``hidden_BTH`` (split on the batch), every device on its own tokens.
+
+    Returns the result in its shape, and ``experts.routing_means`` of each layer and shard of the
+    batch, ``[layers, shards, 2E + 1]``.
+    """
     names = [name for name, _ in layers[0].named_parameters()]
     specs = [partition_spec(name) for name in names]
 
-    def layer(hidden, cos, sin, shards):
+    def layer(hidden, tables, shards):
+        cos, sin, *segments = tables
+        options = {"position_embeddings": (cos, sin)}
+        if segments:
+            options["segment_ids"] = segments[0]
         weights = {n: gather(w, s) for n, w, s in zip(names, shards, specs, strict=True)}
-        return functional_call(layers[0], weights, (hidden,), {"position_embeddings": (cos, sin)})
+        weights = {n: w.flatten(1, 2) if n.endswith(GATE_UP) else w for n, w in weights.items()}
+        with experts.routed(layers[0].mlp.gate) as outputs:
+            out = functional_call(layers[0], weights, (hidden,), options)
+        logits, _, index = outputs[0]
+        return out, experts.routing_means(logits, index).unsqueeze(0)
 
     per_layer = [dict(one.named_parameters()) for one in layers]
     stacked = [torch.stack([parameters[name] for parameters in per_layer]) for name in names]
     run = _ScannedLayers if recompute else _UnrolledLayers
-    return run.apply(layer, specs, hidden_BTH, cos, sin, *stacked)
+    tables = [(cos, ROPE_SHARDING), (sin, ROPE_SHARDING)]
+    if segments_BT is not None:
+        tables.append((segments_BT, BATCH_SHARDING))
+    return run.apply(layer, specs, tables, hidden_BTH, *stacked)
 
 
 class _ScannedLayers(torch.autograd.Function):
@@ -126,35 +218,38 @@ class _ScannedLayers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer, specs, hidden, cos, sin, *stacked):
+    def forward(ctx, layer, specs, tables, hidden, *stacked):
         ctx.layer, ctx.specs, ctx.shape = layer, specs, hidden.shape
         ctx.stacked_shapes = [weight.shape for weight in stacked]
-        carry = [enter_manual(hidden, HIDDEN_SHARDING)]
-        carry += [enter_manual(table, ROPE_SHARDING) for table in (cos, sin)]
+        carry = [enter_manual(x, spec) for x, spec in [(hidden, HIDDEN_SHARDING), *tables]]
         shards = [enter_manual(w, (None, *s)) for w, s in zip(stacked, specs, strict=True)]
 
         def body(carry, weights):
-            hidden, cos, sin = carry
-            return [layer(hidden, cos, sin, weights), cos, sin], [hidden]
+            hidden, *tables = carry
+            out, means = layer(hidden, tables, weights)
+            return [out, *tables], [hidden, means]
 
-        (out, cos, sin), inputs = _scan_impl_flat(body, carry, shards)
-        ctx.save_for_backward(cos, sin, *inputs, *shards)
-        return leave_manual(out, HIDDEN_SHARDING, ctx.shape)
+        (out, *ctx.tables), (inputs, means) = _scan_impl_flat(body, carry, shards)
+        ctx.save_for_backward(inputs, *shards)
+        return _leave_with_means(ctx, out, means)
 
     @staticmethod
-    def backward(ctx, gradient):
-        cos, sin, *inputs_and_shards = ctx.saved_tensors
+    def backward(ctx, gradient, means_gradient):
+        gradient, means_gradient = _enter_gradients(gradient, means_gradient)
 
         def body(carry, xs):
-            gradient, cos, sin = carry
+            gradient, *tables = carry
+            means_gradient, *xs = xs
             with torch.enable_grad():
                 hidden, *weights = (x.detach().requires_grad_() for x in xs)
-                out = ctx.layer(hidden, cos, sin, weights)
-            gradient, *weight_gradients = torch.autograd.grad(out, [hidden, *weights], gradient)
-            return [gradient, cos, sin], weight_gradients
+                outputs = ctx.layer(hidden, tables, weights)
+            gradient, *weight_gradients = torch.autograd.grad(
+                outputs, [hidden, *weights], [gradient, means_gradient]
+            )
+            return [gradient, *tables], weight_gradients
 
-        carry = [enter_manual(gradient, HIDDEN_SHARDING), cos, sin]
-        (gradient, _, _), gradients = _scan_impl_flat(body, carry, inputs_and_shards, reverse=True)
+        carry, xs = [gradient, *ctx.tables], [means_gradient, *ctx.saved_tensors]
+        (gradient, *_), gradients = _scan_impl_flat(body, carry, xs, reverse=True)
         return _leave_with_gradients(ctx, gradient, gradients)
 
 
@@ -162,25 +257,42 @@ class _UnrolledLayers(torch.autograd.Function):
     """The layers one after the other in the manual region, their activations kept for backward."""
 
     @staticmethod
-    def forward(ctx, layer, specs, hidden, cos, sin, *stacked):
+    def forward(ctx, layer, specs, tables, hidden, *stacked):
         ctx.specs, ctx.shape = specs, hidden.shape
         ctx.stacked_shapes = [weight.shape for weight in stacked]
         hidden = enter_manual(hidden, HIDDEN_SHARDING)
-        cos, sin = (enter_manual(table, ROPE_SHARDING) for table in (cos, sin))
+        tables = [enter_manual(table, spec) for table, spec in tables]
         shards = [enter_manual(w, (None, *s)) for w, s in zip(stacked, specs, strict=True)]
         ctx.leaves = [x.detach().requires_grad_() for x in (hidden, *shards)]
         with torch.enable_grad():
             out, *shards = ctx.leaves
+            means = []
             for index in range(ctx.stacked_shapes[0][0]):
-                out = layer(out, cos, sin, [weight[index] for weight in shards])
-        ctx.out = out
-        return leave_manual(out.detach(), HIDDEN_SHARDING, ctx.shape)
+                out, of_layer = layer(out, tables, [weight[index] for weight in shards])
+                means.append(of_layer)
+            ctx.outputs = out, torch.stack(means)
+        return _leave_with_means(ctx, *(output.detach() for output in ctx.outputs))
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient = enter_manual(gradient, HIDDEN_SHARDING)
-        gradient, *gradients = torch.autograd.grad(ctx.out, ctx.leaves, gradient)
+    def backward(ctx, gradient, means_gradient):
+        gradients = _enter_gradients(gradient, means_gradient)
+        gradient, *gradients = torch.autograd.grad(ctx.outputs, ctx.leaves, gradients)
         return _leave_with_gradients(ctx, gradient, gradients)
+
+
+def _leave_with_means(ctx, hidden, means):
+    """Return hidden and the routers' means, global again, as forward must."""
+    layers, _, width = means.shape
+    shards = size(SLICE) * size(FSDP)
+    return (
+        leave_manual(hidden, HIDDEN_SHARDING, ctx.shape),
+        leave_manual(means, ROUTING_SHARDING, torch.Size([layers, shards, width])),
+    )
+
+
+def _enter_gradients(gradient, means_gradient):
+    """Return what backward is given, for the device's own tokens."""
+    return enter_manual(gradient, HIDDEN_SHARDING), enter_manual(means_gradient, ROUTING_SHARDING)
 
 
 def _leave_with_gradients(ctx, gradient, weight_gradients):
@@ -190,4 +302,4 @@ def _leave_with_gradients(ctx, gradient, weight_gradients):
         for g, s, shape in zip(weight_gradients, ctx.specs, ctx.stacked_shapes, strict=True)
     ]
     hidden_gradient = leave_manual(gradient, HIDDEN_SHARDING, ctx.shape)
-    return None, None, hidden_gradient, None, None, *weight_gradients
+    return None, None, None, hidden_gradient, *weight_gradients

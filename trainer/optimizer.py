@@ -5,38 +5,61 @@ the compiled graph, and the step would be compiled anew.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable
 
 import torch
-import torch_xla
 
-from trainer.sharding import partition_spec, shard
+from trainer.sharding import partition_spec, put
 
 EPSILON = 1e-30  # added to the squared gradient
 CLIP_THRESHOLD = 1.0  # largest root mean square of an update
 DECAY_RATE = -0.8  # exponent of the second moment's decay, 1 - step^-0.8
+# The parameters that Hugging Face's Trainer exempts from weight decay
+NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 class Adafactor:
     """Adafactor as Hugging Face's Trainer configures it for ``--optim adafactor``.
 
-    A given learning rate, no first moment, no weight decay, no scaling by the parameter. The second
-    moment of a matrix is kept as one mean per row and one per column of its last two dimensions
-    (Shazeer and Stern 2018, section 4); moments are fp32, sharded like the parameter.
+    A given learning rate, no first moment, no scaling by the parameter. The second moment of a
+    matrix is kept as one mean per row and one per column of its last two dimensions (Shazeer and
+    Stern 2018, section 4); moments are fp32, sharded like the parameter. ``weight_decay`` times the
+    learning rate is what every parameter but norms loses of itself at a step.
+
+    ``state`` holds the moments under names such as transformers gives them. ``initial`` returns a
+    moment of a given name and shape on the host; by default they are zero.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]):
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+        initial: Callable[[str, tuple[int, ...]], torch.Tensor] = lambda _, shape: torch.zeros(
+            shape
+        ),
+        *,
+        weight_decay: float = 0.0,
+    ):
         self.parameters: list[torch.nn.Parameter] = []
+        self.weight_decays: list[float] = []
         self.moments: list[tuple[torch.Tensor, ...]] = []
-        device = torch_xla.device()
+        self.state: dict[str, torch.Tensor] = {}
         for name, parameter in named_parameters:
             shape, spec = tuple(parameter.shape), partition_spec(name)
-            kept = [(shape, spec)]
+            kept = {"exp_avg_sq": (shape, spec)}
             if len(shape) >= 2:
-                kept = [(s[:-1], s[:-2] + s[-1:]) for s in (shape, spec)]
-                kept = list(zip(*kept, strict=True))
+                kept = {
+                    "exp_avg_sq_row": (shape[:-1], spec[:-1]),
+                    "exp_avg_sq_col": (shape[:-2] + shape[-1:], spec[:-2] + spec[-1:]),
+                }
+            moments = {
+                f"{name}.{moment}": put(initial(f"{name}.{moment}", s), p)
+                for moment, (s, p) in kept.items()
+            }
             self.parameters.append(parameter)
-            self.moments.append(tuple(shard(torch.zeros(s).to(device), p) for s, p in kept))
+            self.weight_decays.append(0.0 if NOT_DECAYED.search(name.lower()) else weight_decay)
+            self.moments.append(tuple(moments.values()))
+            self.state |= moments
 
     @staticmethod
     def decay(step: int) -> float:
@@ -51,7 +74,9 @@ class Adafactor:
             learning_rate: fp32 scalar on the device.
             decay: fp32 scalar on the device, :meth:`decay` of this step.
         """
-        for parameter, moments in zip(self.parameters, self.moments, strict=True):
+        for parameter, moments, weight_decay in zip(
+            self.parameters, self.moments, self.weight_decays, strict=True
+        ):
             gradient = parameter.grad.float()
             square = gradient.square() + EPSILON
             if len(moments) == 2:
@@ -65,6 +90,8 @@ class Adafactor:
                 moment.copy_(decay * moment + (1 - decay) * square)
                 update = gradient * moment.rsqrt()
             update = update / (_rms(update) / CLIP_THRESHOLD).clamp(min=1.0)
+            if weight_decay:
+                update = update + weight_decay * parameter.float()
             parameter.copy_(parameter.float() - learning_rate * update)
             parameter.grad = None
 
@@ -87,8 +114,10 @@ def schedule(kind: str, peak: float, warmup_steps: int, max_steps: int) -> Calla
     """Return the learning rate as a function of the 0-based step, as transformers schedules it.
 
     It rises linearly from 0 over ``warmup_steps`` to ``peak``, then goes on as ``kind`` says:
-    ``linear`` and ``cosine`` reach 0 at ``max_steps``, ``constant`` stays.
+    ``linear`` and ``cosine`` reach 0 at ``max_steps``, ``inverse_sqrt`` falls as 1 / sqrt(step),
+    ``constant`` and ``constant_with_warmup`` stay.
     """
+    timescale = warmup_steps or 10_000  # of inverse_sqrt
 
     def learning_rate(step: int) -> float:
         if step < warmup_steps:
@@ -97,7 +126,9 @@ def schedule(kind: str, peak: float, warmup_steps: int, max_steps: int) -> Calla
         shape = {
             "linear": 1.0 - done,
             "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+            "inverse_sqrt": math.sqrt(timescale / (step - warmup_steps + timescale)),
             "constant": 1.0,
+            "constant_with_warmup": 1.0,
         }
         return peak * max(0.0, shape[kind])
 

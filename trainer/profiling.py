@@ -1,28 +1,40 @@
 """The guide's profile: one trace, begun after a given step of a given epoch, for a given time."""
 
-import os
 import time
 from pathlib import Path
 
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.profiler as xp
 
+from trainer.arguments import Profile
+from trainer.metrics import LEAST_STEPS
+
 
 class Profiler:
     """Takes one trace of this host as PROFILE_EPOCH, PROFILE_STEP, PROFILE_DURATION_MS and
-    PROFILE_LOGDIR say; without PROFILE_LOGDIR it takes none.
+    PROFILE_LOGDIR say; without PROFILE_LOGDIR it takes none. Says so where the run, from
+    ``first_step`` to ``max_steps``, has no step after which it would begin.
 
     The trace begins once the device has finished step PROFILE_STEP (0-based, within PROFILE_EPOCH)
-    and ends with the first step that finishes PROFILE_DURATION_MS later, or with the run. It
-    becomes ``<PROFILE_LOGDIR>/plugins/profile/<time>/<host>.xplane.pb``, which TensorBoard opens.
+    and ends with the first step that finishes PROFILE_DURATION_MS later, or with the run. Where
+    steps are long it takes as many as a step time needs, which are more than that. It becomes
+    ``<PROFILE_LOGDIR>/plugins/profile/<time>/<host>.xplane.pb``, which TensorBoard opens.
     """
 
-    def __init__(self, steps_per_epoch: int) -> None:
-        self.directory = os.environ.get("PROFILE_LOGDIR", "")
-        epoch = int(os.environ.get("PROFILE_EPOCH", "0"))
-        self._after_step = epoch * steps_per_epoch + int(os.environ.get("PROFILE_STEP", "3"))
-        self._duration_s = int(os.environ.get("PROFILE_DURATION_MS", "20000")) / 1000
+    def __init__(
+        self, profile: Profile, steps_per_epoch: int, first_step: int, max_steps: int
+    ) -> None:
+        self.directory = profile.directory
+        self._after_step = profile.epoch * steps_per_epoch + profile.step
+        self._duration_s = profile.duration_ms / 1000
         self._started: float | None = None
+        if self.directory and not first_step <= self._after_step < max_steps - 1:
+            print(
+                f"no profile: it would begin after step {self._after_step} (PROFILE_STEP "
+                f"{profile.step}, PROFILE_EPOCH {profile.epoch} of {steps_per_epoch} steps), and "
+                f"the run goes from step {first_step} to {max_steps - 1}",
+                flush=True,
+            )
 
     def step_dispatched(self, step: int) -> None:
         """Begin or end the trace, where this is the step to do it at."""
@@ -31,7 +43,12 @@ class Profiler:
             Path(self.directory).mkdir(parents=True, exist_ok=True)
             xp.start_trace(self.directory)
             self._started = time.monotonic()
-        elif self._started and time.monotonic() - self._started >= self._duration_s:
+        # The last step's time nobody sees: it is from its start to the start of the next.
+        elif (
+            self._started
+            and time.monotonic() - self._started >= self._duration_s
+            and step - self._after_step > LEAST_STEPS
+        ):
             self.stop()
 
     def stop(self) -> None:

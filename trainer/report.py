@@ -1,112 +1,127 @@
-"""``python -m trainer.report RUN_DIR``: what all workers of a run brought home → report.json.
+"""``python -m trainer.report RUN_DIR``: what all workers of a run brought home → report.json and
+report.html. ``python -m trainer.report compare RUN_DIR RUN_DIR …`` sets runs side by side.
 
-Reads ``workers/<host>/{summary.json,metrics.jsonl,exit.json,profile/}`` with the standard library
-alone. A run that broke off leaves files missing or cut short; then the report has null where there
-is no number, and says in ``notes`` what was missing.
+Runs on the controller and imports no torch. Where there is no number the report has null, and
+``notes`` say what was missing.
 """
 
-import json
 import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from trainer.metrics import write_json
+from trainer import compare, page
+from trainer.metrics import LEAST_STEPS, write_json
+from trainer.run_files import Worker, read_plan, read_workers, steady
 
-# Fewer steps than this say nothing about the time of one.
-LEAST_STEPS = 3
+USAGE = """usage: python -m trainer.report RUN_DIR
+       python -m trainer.report compare RUN_DIR RUN_DIR …
+RUN_DIR is the directory of one run and holds workers/"""
 
 
-def build(run_dir: Path) -> dict[str, Any]:
-    """Return the report of the run in ``run_dir``; raises FileNotFoundError if it is none."""
-    hosts = sorted(path for path in (run_dir / "workers").iterdir() if path.is_dir())
-    notes: list[str] = []
-    exits = {host.name: _read_json(host / "exit.json", notes) for host in hosts}
-    summaries = {host.name: _read_json(host / "summary.json", notes) for host in hosts}
-    steps = {host.name: _read_steps(host / "metrics.jsonl", notes) for host in hosts}
-    workers = [
-        {
-            "host": host.name,
-            "status": _status(exits[host.name]),
-            "exit_code": exits[host.name].get("exit_code"),
-            "step_time_s": _step_time(steps[host.name], summaries[host.name])["p50"],
-            "profile": _profile(host, run_dir),
-        }
-        for host in hosts
-    ]
+def build(run_dir: Path, workers: list[Worker], notes: list[str]) -> dict[str, Any]:
+    """Return the report of the run in ``run_dir`` from what its ``workers`` brought home.
+
+    ``notes`` are what was missing so far; the report has them all.
+    """
     # Under SPMD all workers compute the same loss in lockstep: any one speaks for the run.
-    first = max(steps, key=lambda host: len(steps[host]), default=None)
-    first_steps = steps.get(first, [])
-    summary = next(filter(None, (summaries.get(first), *summaries.values())), {})
-    step_time = _step_time(first_steps, summary)
+    first = max(workers, key=lambda worker: len(worker.steps), default=None)
+    steps = first.steps if first else []
+    summary = next(filter(None, (w.summary for w in [first, *workers] if w)), {})
+    clock = host_clock(steps, summary)
+    # The slowest worker's: the others wait for it.
+    trace = max((w.trace for w in workers), key=lambda it: it.get("p50") or 0.0, default={})
+    step_time = _step_time(trace, clock)
     if step_time["p50"] is None:
         notes.append(
             f"step_time_s: {step_time['n']} steps after the last compilation, "
             f"at least {LEAST_STEPS} are needed"
         )
+    rows = [_row(worker, run_dir) for worker in workers]
+    exits = [worker.exit for worker in workers]
     return {
         "run_id": run_dir.resolve().name,
-        "status": _overall([worker["status"] for worker in workers]),
-        "started": min((e["started"] for e in exits.values() if e.get("started")), default=None),
-        "finished": max((e["finished"] for e in exits.values() if e.get("finished")), default=None),
+        "status": _overall([row["status"] for row in rows]),
+        "started": min((e["started"] for e in exits if e.get("started")), default=None),
+        "finished": max((e["finished"] for e in exits if e.get("finished")), default=None),
         **{key: summary.get(key) for key in ("model", "mesh", "experts", "attention", "device")},
-        "loss": _loss(first_steps, summary, notes),
+        "stack": summary.get("stack"),
+        "loss": _loss(steps, summary, notes),
         "step_time_s": step_time,
+        "host_clock_s": clock,
+        "trace_over_host_clock": trace.get("over_host_clock"),
+        "split_s": _mean_split([row["split_s"] for row in rows if row["split_s"]]),
+        "operations": trace.get("operations", []),
         **_throughput(summary, step_time["p50"]),
         "compile": summary.get("compile"),
-        "workers": workers,
-        "skew": None,
+        "peak_memory_bytes": max(
+            (w.summary["peak_memory_bytes"] for w in workers if w.summary.get("peak_memory_bytes")),
+            default=None,
+        ),
+        "expert_load": _expert_load(_last_epoch(steps, summary)),
+        "plan": read_plan(run_dir, summary),
+        "workers": rows,
+        "skew": _skew(rows),
         "notes": notes,
     }
 
 
 def main(argv: list[str]) -> int:
-    """Write report.json into the run directory in ``argv`` and print its path."""
-    if len(argv) != 1 or not (Path(argv[0]) / "workers").is_dir():
-        print(
-            "usage: python -m trainer.report RUN_DIR, where RUN_DIR is the directory of one run "
-            f"and holds workers/; got {argv}",
-            file=sys.stderr,
-        )
+    """Write report.json and report.html into a run's directory, or compare runs; print where."""
+    comparing = argv[:1] == ["compare"]
+    run_dirs = [Path(argument) for argument in argv[comparing:]]
+    wrong = [str(path) for path in run_dirs if not (path / "workers").is_dir()]
+    if wrong or (len(run_dirs) < 2 if comparing else len(run_dirs) != 1):
+        print(f"{USAGE}; got {wrong or argv}", file=sys.stderr)
         return 2
-    path = Path(argv[0]) / "report.json"
-    write_json(path, build(path.parent))
-    print(path)
+    notes: list[list[str]] = [[] for _ in run_dirs]
+    workers = [read_workers(path, into) for path, into in zip(run_dirs, notes, strict=True)]
+    reports = [build(*run) for run in zip(run_dirs, workers, notes, strict=True)]
+    if comparing:
+        print(compare.show(run_dirs, reports, workers))
+        return 0
+    write_json(run_dirs[0] / "report.json", reports[0])
+    html = run_dirs[0] / "report.html"
+    html.write_text(page.render(run_dirs[0], reports[0], workers[0]), encoding="utf-8")
+    print(html)
     return 0
 
 
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        notes.append(f"{path.parent.name}: {path.name} is missing")
-    except ValueError as error:
-        notes.append(f"{path.parent.name}: {path.name} is not valid JSON: {error}")
-    return {}
+def host_clock(steps: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
+    """Return the spread of the host clock's step times after the last compilation."""
+    times = [step["step_time_s"] for step in steady(steps, summary)]
+    enough = len(times) >= LEAST_STEPS
+    return {
+        "p50": statistics.median(times) if enough else None,
+        "p90": statistics.quantiles(times, n=10, method="inclusive")[-1] if enough else None,
+        "n": len(times),
+    }
 
 
-def _read_steps(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl up to the first that is cut short."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        notes.append(f"{path.parent.name}: {path.name} is missing")
-        return []
-    steps = []
-    for number, line in enumerate(lines, 1):
-        try:
-            steps.append(json.loads(line))
-        except ValueError:
-            notes.append(f"{path.parent.name}: {path.name} is cut short at line {number}")
-            break
-    return steps
+def _row(worker: Worker, run_dir: Path) -> dict[str, Any]:
+    """Return what the report says of one worker."""
+    clock = host_clock(worker.steps, worker.summary)
+    step_time, profile = _step_time(worker.trace, clock), worker.profile
+    return {
+        "host": worker.host,
+        "status": _status(worker.exit),
+        "exit_code": worker.exit.get("exit_code"),
+        "step_time_s": step_time["p50"],
+        "source": step_time["source"],
+        "split_s": worker.trace.get("split"),
+        "profile": str(profile.relative_to(run_dir)) if profile else None,
+    }
 
 
 def _status(exit_record: dict[str, Any]) -> str:
     if exit_record.get("exit_code") == 0:
         return "succeeded"
-    return "stopped" if exit_record.get("signal") in ("SIGTERM", "SIGINT") else "failed"
+    # Asked to end by a person, or by the follower because of another worker; any other error that
+    # is on record is this worker's own.
+    asked = (exit_record.get("error") or "stopped").startswith("stopped")
+    signalled = exit_record.get("signal") in ("SIGTERM", "SIGINT")
+    return "stopped" if signalled and asked else "failed"
 
 
 def _overall(statuses: list[str]) -> str:
@@ -114,25 +129,39 @@ def _overall(statuses: list[str]) -> str:
     return next((s for s in ("failed", "stopped", "succeeded") if s in statuses), "failed")
 
 
-def _profile(host: Path, run_dir: Path) -> str | None:
-    """Return the newest trace of a worker, as a path inside the run directory."""
-    traces = sorted((host / "profile").rglob("*.xplane.pb"))
-    return str(traces[-1].relative_to(run_dir)) if traces else None
+def _step_time(trace: dict[str, Any], clock: dict[str, Any]) -> dict[str, Any]:
+    """Return the trace's step time, the host clock's where the trace has none."""
+    if trace.get("p50") is None:
+        return clock | {"busy_p50": None, "idle_share": None, "source": "host_clock"}
+    keys = ("p50", "p90", "n", "busy_p50", "idle_share", "source")
+    return {key: trace[key] for key in keys}
 
 
-def _step_time(steps: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the spread of the host clock's step times after the last compilation."""
-    times = []
-    if "compile" in summary:
-        last_compiled = summary["compile"]["last_step"]
-        first = 0 if last_compiled is None else last_compiled + 1
-        times = [step["step_time_s"] for step in steps if step["step"] >= first]
-    enough = len(times) >= LEAST_STEPS
+def _mean_split(splits: list[dict[str, float | None]]) -> dict[str, float | None] | None:
+    """Return the mean of the workers' splits of a step's time, None without any."""
+    if not splits:
+        return None
+    known = {kind: [it[kind] for it in splits if it[kind] is not None] for kind in splits[0]}
+    return {kind: statistics.fmean(them) if them else None for kind, them in known.items()}
+
+
+def _skew(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return how much longer the slowest worker needs than the fastest for its own share of a step.
+
+    That is the time outside collectives, waiting for input included: under SPMD hosts step in
+    lockstep, and the wait for the slowest shows up as communication of the others.
+    """
+    own = {
+        row["host"]: row["split_s"]["compute"] + (row["split_s"]["input"] or 0.0)
+        for row in rows
+        if row["split_s"]
+    }
+    if len(own) < 2 or not min(own.values()):
+        return None
     return {
-        "p50": statistics.median(times) if enough else None,
-        "p90": statistics.quantiles(times, n=10, method="inclusive")[-1] if enough else None,
-        "n": len(times),
-        "source": "host_clock",
+        "ratio": max(own.values()) / min(own.values()),
+        "slowest": max(own, key=own.__getitem__),
+        "own_time_s": own,
     }
 
 
@@ -143,7 +172,7 @@ def _loss(
     losses = [step["loss"] for step in steps]
     if None in losses:
         notes.append(f"loss: not a finite number at step {steps[losses.index(None)]['step']}")
-    recent = _last_epoch(losses, summary)
+    recent = [step["loss"] for step in _last_epoch(steps, summary)]
     bytes_per_token = summary.get("bytes_per_token")
     bits_per_byte = None
     if recent and None not in recent and bytes_per_token:
@@ -155,14 +184,31 @@ def _loss(
     }
 
 
-def _last_epoch(losses: list[float | None], summary: dict[str, Any]) -> list[float | None]:
-    """Return the losses of the last epoch, or of the last half of a run shorter than an epoch."""
+def _last_epoch(steps: list[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the steps of the last epoch, or of the last half of a run shorter than an epoch."""
     model, tokens = summary.get("model"), summary.get("tokens_per_epoch")
     if model and tokens:
         epoch = max(1, tokens // (model["global_batch"] * model["block_size"]))
-        if len(losses) >= epoch:
-            return losses[-epoch:]
-    return losses[len(losses) // 2 :]
+        if len(steps) >= epoch:
+            return steps[-epoch:]
+    return steps[len(steps) // 2 :]
+
+
+def _expert_load(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return which fraction of the tokens each expert got over ``steps``, and how even that is.
+
+    ``max_over_mean`` is 1 where all got the same; None where the trainer did not say.
+    """
+    loads = [step["expert_load"] for step in steps if step.get("expert_load")]
+    if not loads:
+        return None
+    fractions = [statistics.fmean(expert) for expert in zip(*loads, strict=True)]
+    entropies = [step["router_entropy"] for step in steps if step.get("router_entropy") is not None]
+    return {
+        "fractions": fractions,
+        "max_over_mean": max(fractions) / statistics.fmean(fractions),
+        "router_entropy": statistics.fmean(entropies) if entropies else None,
+    }
 
 
 def _throughput(summary: dict[str, Any], step_time_s: float | None) -> dict[str, float | None]:

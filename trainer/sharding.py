@@ -1,13 +1,19 @@
-"""Mesh, partition specs and the explicit FSDP collectives.
+"""Mesh, partition specs and the explicit collectives of FSDP and tensor parallelism.
 
-Every parameter is sharded over the mesh axis ``fsdp``; which of its dimensions is split is one row
-of ``PARAMETER_SHARDING``. Inside the decoder layers nothing is left to the partitioner: the layers
-run in a manual region, where :func:`gather` brings a whole weight to every device and, in backward,
-returns each device its share of the summed gradient.
+The mesh has three axes. ``slice`` holds whole copies of the model, one a slice; over ``fsdp`` the
+batch and every weight are split; over ``tensor`` a layer's heads and the width of its experts.
+Which dimension of a parameter goes with which axis is one row of ``PARAMETER_SHARDING``.
+
+Inside the decoder layers nothing is left to the partitioner: the layers run in a manual region,
+where :func:`gather` brings what a device needs of a weight and, in backward, returns each device
+its share of the summed gradient; :func:`spread` and :func:`combine` stand where a layer's work
+begins and ends to be split over ``tensor``.
 """
 
 import functools
+import math
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,27 +21,34 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
 from jaxlib._jax.mlir import mlir_module_to_xla_computation
 
-FSDP = "fsdp"
+SLICE, FSDP, TENSOR = AXES = ("slice", "fsdp", "tensor")
+Groups = tuple[tuple[int, ...], ...]
+Spec = tuple[str | tuple[str, ...] | None, ...]
+Range = tuple[tuple[int, int], ...]  # (start, stop) along every dimension
 
-# Name pattern → the axis of every dimension. The first match wins. Weights are split on the hidden
-# size, the one dimension that every one of them has.
-PARAMETER_SHARDING: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed_tokens\.weight$", (None, FSDP)),  # [V, H]
-    (r"lm_head\.weight$", (None, FSDP)),  # [V, H]
-    (r"self_attn\.(q|k|v)_proj\.weight$", (None, FSDP)),  # [heads·D, H]
-    (r"self_attn\.o_proj\.weight$", (FSDP, None)),  # [H, heads·D]
+# Name pattern → the axis of every dimension. The first match wins. Over fsdp weights are split on
+# the hidden size, the one dimension that every one of them has; over tensor as Megatron-LM does.
+PARAMETER_SHARDING: tuple[tuple[str, Spec], ...] = (
+    (r"embed_tokens\.weight$", (TENSOR, FSDP)),  # [V, H]
+    (r"lm_head\.weight$", (TENSOR, FSDP)),  # [V, H]
+    (r"self_attn\.(q|k|v)_proj\.weight$", (TENSOR, FSDP)),  # [heads·D, H]
+    (r"self_attn\.o_proj\.weight$", (FSDP, TENSOR)),  # [H, heads·D]
     (r"mlp\.gate\.weight$", (None, FSDP)),  # [E, H]
-    (r"mlp\.experts\.gate_up_proj$", (None, None, FSDP)),  # [E, 2I, H]
-    (r"mlp\.experts\.down_proj$", (None, FSDP, None)),  # [E, H, I]
+    (r"mlp\.experts\.gate_up_proj$", (None, None, TENSOR, FSDP)),  # [E, 2, I, H]
+    (r"mlp\.experts\.down_proj$", (None, FSDP, TENSOR)),  # [E, H, I]
     (r"norm\.weight$", (FSDP,)),  # [H]
 )
-BATCH_SHARDING = (FSDP, None)  # [B, T]
-HIDDEN_SHARDING = (FSDP, None, None)  # [B, T, H]
+BATCH_SHARDING = ((SLICE, FSDP), None)  # [B, T]
+HIDDEN_SHARDING = ((SLICE, FSDP), None, None)  # [B, T, H]
+
+# What stands for data in a traced program, and how the data would be split; see put.
+placeholders: list[tuple[torch.Tensor, Spec]] = []
 
 
-def partition_spec(name: str) -> tuple[str | None, ...]:
+def partition_spec(name: str) -> Spec:
     """Return the mesh axis of every dimension of the parameter ``name``.
 
     Raises KeyError for a parameter that no row of the table names, so that a new one cannot end up
@@ -47,66 +60,171 @@ def partition_spec(name: str) -> tuple[str | None, ...]:
     raise KeyError(f"no row of PARAMETER_SHARDING matches the parameter {name!r}")
 
 
-def fsdp_mesh(devices: int) -> xs.Mesh:
-    """Return the one-dimensional mesh over all ``devices`` and make it the global mesh."""
-    mesh = xs.Mesh(np.arange(devices), (devices,), (FSDP,))
+def make_mesh(devices: int, *, tensor: int = 1, slices: int = 1, planes: int = 0) -> xs.Mesh:
+    """Return the mesh over all ``devices`` and make it the global one.
+
+    ``fsdp`` gets what the other two axes leave; both must divide ``devices``. Where a slice is so
+    many planes, by default as :func:`torus_planes` finds, neighbours along ``fsdp`` are a column
+    through all of them: see :func:`fsdp_stages`.
+    """
+    planes = planes or torus_planes(xr.global_runtime_device_attributes())
+    shape = (slices, devices // slices // tensor, tensor)
+    order = np.arange(devices).reshape(slices, planes, -1, tensor).swapaxes(1, 2)
+    mesh = xs.Mesh(order.ravel(), shape, AXES)
+    mesh.planes = planes
     xs.set_global_mesh(mesh)
     return mesh
 
 
-def shard(tensor: torch.Tensor, spec: tuple[str | None, ...]) -> torch.Tensor:
+def torus_planes(devices: list[dict[str, Any]]) -> int:
+    """Return how many planes a slice of ``devices``, with their coordinates, has along its z axis.
+
+    1 for anything but a torus of three dimensions, whose devices count x first and z last. There a
+    reduce-scatter over all three dimensions at once becomes an all-reduce of twice the bytes.
+    """
+    coords = np.array([device.get("coords", [0]) for device in devices])
+    bounds = coords.max(0) + 1
+    return int(bounds[2]) if len(bounds) == 3 and bounds.min() >= 4 else 1
+
+
+def size(axis: str) -> int:
+    """Return how many devices the global mesh has along an axis."""
+    return xs.get_global_mesh().shape()[axis]
+
+
+def parts(spec: Spec) -> int:
+    """Return into how many parts the global mesh splits a tensor of ``spec``."""
+    return math.prod(size(axis) for axes in spec if axes for axis in np.atleast_1d(axes))
+
+
+def groups(axis: str) -> list[list[int]]:
+    """Return the devices that differ in nothing but their place along an axis."""
+    devices = xs.get_global_mesh().get_logical_mesh()
+    return np.moveaxis(devices, AXES.index(axis), -1).reshape(-1, size(axis)).tolist()
+
+
+def fsdp_stages() -> list[list[list[int]]]:
+    """Return the groups of devices that a gather over ``fsdp`` takes one after the other.
+
+    Gathered last, and scattered first, is what takes most of the bytes: a plane of a torus, which
+    has two dimensions of links. Before it come the columns through the planes. A single stage where
+    there is one plane.
+    """
+    mesh = xs.get_global_mesh()
+    slices, fsdp, tensor = mesh.mesh_shape
+    devices = mesh.get_logical_mesh().reshape(slices, fsdp // mesh.planes, mesh.planes, tensor)
+    stages = [np.moveaxis(devices, axis, -1) for axis in (2, 1)]
+    return [stage.reshape(-1, stage.shape[-1]).tolist() for stage in stages if stage.shape[-1] > 1]
+
+
+def from_hosts(value: float) -> torch.Tensor:
+    """Return what each device's host calls ``value``, fp32 ``[devices]``, one element a device.
+
+    A host sends its devices their own elements of the tensor it gives, and no others. So a maximum
+    or minimum of the result is one over all hosts, and the same on all of them.
+    """
+    devices = xs.get_global_mesh().size()
+    return shard(torch.full((devices,), float(value)).to(torch_xla.device()), (AXES,))
+
+
+def put(data: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """Return ``data``, which is on the host, split over the global mesh.
+
+    What is on meta becomes a placeholder, a shape that a program can be traced with but not run. It
+    takes no mark, which would be kept with the data; ``placeholders`` has its spec.
+    """
+    if data.is_meta:
+        placeholder = xb.create_placeholder_tensor(data.shape, data.dtype)
+        # The clone stays what it is when the step updates the placeholder.
+        placeholders.append((placeholder.clone(), spec))
+        return placeholder
+    return shard(data.to(torch_xla.device()), spec)
+
+
+def local_places(tensor: torch.Tensor) -> list[Range]:
+    """Return which part of a sharded ``tensor`` each of this host's devices holds."""
+    places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
+    whole = tuple((0, size) for size in tensor.shape)
+    return [
+        whole if indices is Ellipsis else tuple((index.start, index.stop) for index in indices)
+        for _, indices in places
+    ]
+
+
+def local_rows(batch: int) -> np.ndarray:
+    """Return which rows of a global batch this host's devices hold, ascending."""
+    probe = shard(torch.zeros(batch, 1).to(torch_xla.device()), BATCH_SHARDING)
+    return np.unique([range(*place[0]) for place in local_places(probe)])
+
+
+def from_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> torch.Tensor:
+    """Return the global batch ``[batch, T]``, split, of which ``values`` are this host's ``rows``.
+
+    Their type stays. A host sends its devices their own rows and no others, as in
+    :func:`from_hosts`, so what stands in those is never seen.
+    """
+    whole = np.zeros((batch, values.shape[1]), values.dtype)
+    whole[rows] = values
+    return put(torch.from_numpy(whole), BATCH_SHARDING)
+
+
+def shard(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
     """Mark ``tensor`` as split over the global mesh and return it, a plain tensor again."""
     return xs.mark_sharding(tensor, xs.get_global_mesh(), spec).global_tensor
 
 
-class _Replicate(torch.autograd.Function):
+class _Assemble(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, spec: tuple[str | None, ...]) -> torch.Tensor:
+    def forward(ctx, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
         ctx.spec = spec
         # Times one: a mark on the parameter itself would move its data.
-        return shard(tensor * 1, (None,) * tensor.dim())
+        return shard(tensor * 1, tuple(None if axis == FSDP else axis for axis in spec))
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return shard(gradient * 1, ctx.spec), None
 
 
-def replicate(tensor: torch.Tensor, spec: tuple[str | None, ...]) -> torch.Tensor:
-    """Outside the manual region: a parameter of ``spec``, whole on every device.
+def assemble(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """Outside the manual region: a parameter of ``spec``, no longer split over ``fsdp``.
 
     Its gradient is marked with ``spec`` again, so that the partitioner scatters what it reduces.
     """
-    return _Replicate.apply(tensor, spec)
+    return _Assemble.apply(tensor, spec)
 
 
-def enter_manual(tensor: torch.Tensor, spec: tuple[str | None, ...]) -> torch.Tensor:
+def enter_manual(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
     """Return this device's shard of ``tensor``; what is computed from it is per device."""
     return xs.enable_manual_sharding(tensor, spec).global_tensor
 
 
-def leave_manual(
-    tensor: torch.Tensor, spec: tuple[str | None, ...], full_shape: torch.Size
-) -> torch.Tensor:
+def leave_manual(tensor: torch.Tensor, spec: Spec, full_shape: torch.Size) -> torch.Tensor:
     """Return the global tensor of ``full_shape`` whose shards the devices hold in ``tensor``."""
     return xs.disable_manual_sharding(tensor, spec, full_shape).global_tensor
 
 
 @functools.cache
-def _all_gather_computation(shape: tuple[int, ...], dtype: torch.dtype, dim: int, devices: int):
-    """Return the XLA computation of one all-gather over all devices along ``dim``.
+def _all_gather_computation(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    dim: int,
+    replica_groups: tuple[tuple[int, ...], ...],
+):
+    """Return the XLA computation of one all-gather along ``dim`` within each group of devices.
 
     torch_xla's own ``all_gather`` threads a token through the program, a device value that does not
     belong to the manual region and that the partitioner aborts on.
     """
-    whole = tuple(size * devices if axis == dim else size for axis, size in enumerate(shape))
+    count, members = len(replica_groups), len(replica_groups[0])
+    whole = tuple(size * members if axis == dim else size for axis, size in enumerate(shape))
     element = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     shard_type, whole_type = (f"tensor<{'x'.join(map(str, s))}x{element}>" for s in (shape, whole))
-    groups = ", ".join(map(str, range(devices)))
     module = f"""
       func.func public @main(%shard: {shard_type}) -> {whole_type} {{
         %whole = "stablehlo.all_gather"(%shard) {{
           all_gather_dim = {dim} : i64,
-          replica_groups = dense<[[{groups}]]> : tensor<1x{devices}xi64>,
+          replica_groups = dense<{[list(group) for group in replica_groups]}>
+            : tensor<{count}x{members}xi64>,
           channel_handle = #stablehlo.channel_handle<handle = 1, type = 1>,
           use_global_device_ids
         }} : ({shard_type}) -> {whole_type}
@@ -118,24 +236,71 @@ def _all_gather_computation(shape: tuple[int, ...], dtype: torch.dtype, dim: int
     )
 
 
+def _all_reduce(tensor: torch.Tensor, axis: str) -> torch.Tensor:
+    if size(axis) == 1:
+        return tensor
+    return torch_xla._XLAC._xla_spmd_all_reduce(xm.REDUCE_SUM, tensor, 1.0, groups(axis))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shard_: torch.Tensor, dim: int) -> torch.Tensor:
-        ctx.dim, ctx.devices = dim, xs.get_global_mesh().size()
-        computation = _all_gather_computation(tuple(shard_.shape), shard_.dtype, dim, ctx.devices)
-        return torch_xla._XLAC._xla_user_computation("xla::all_gather", [shard_], computation)[0]
+        ctx.dim = dim
+        whole = shard_ * 1
+        for stage in fsdp_stages():
+            members = tuple(map(tuple, stage))
+            computation = _all_gather_computation(tuple(whole.shape), whole.dtype, dim, members)
+            (whole,) = torch_xla._XLAC._xla_user_computation(
+                "xla::all_gather", [whole], computation
+            )
+        return whole
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         # Scale 1: the loss is the mean over the global batch already, so the shares add up.
-        shard_ = torch_xla._XLAC._xla_spmd_reduce_scatter(
-            xm.REDUCE_SUM, gradient, 1.0, ctx.dim, ctx.devices, [list(range(ctx.devices))]
-        )
-        return shard_, None
+        for stage in reversed(fsdp_stages()):
+            gradient = torch_xla._XLAC._xla_spmd_reduce_scatter(
+                xm.REDUCE_SUM, gradient, 1.0, ctx.dim, len(stage[0]), stage
+            )
+        return _all_reduce(gradient, SLICE), None
 
 
-def gather(shard_: torch.Tensor, spec: tuple[str | None, ...]) -> torch.Tensor:
-    """In a manual region: all-gather a weight over ``fsdp``; backward reduce-scatters, summing."""
-    if xs.get_global_mesh().size() == 1 or FSDP not in spec:
-        return shard_
+def gather(shard_: torch.Tensor, spec: Spec) -> torch.Tensor:
+    """In a manual region: all-gather a weight over ``fsdp``; backward reduce-scatters, summing.
+
+    Over ``slice`` backward sums as well: every slice has a copy of the weight.
+    """
     return _Gather.apply(shard_, spec.index(FSDP))
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 1
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return _all_reduce(gradient, TENSOR)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        return _all_reduce(tensor, TENSOR)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def spread(tensor: torch.Tensor) -> torch.Tensor:
+    """In a manual region: what all devices along ``tensor`` have and each goes on with its part of.
+
+    Backward sums the parts' gradients (Shoeybi et al. 2019, operator f).
+    """
+    return tensor if size(TENSOR) == 1 else _Spread.apply(tensor)
+
+
+def combine(tensor: torch.Tensor) -> torch.Tensor:
+    """In a manual region: the sum of what the devices along ``tensor`` have (operator g)."""
+    return tensor if size(TENSOR) == 1 else _Combine.apply(tensor)

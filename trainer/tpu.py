@@ -1,5 +1,6 @@
 """The TPU chips this project knows: speeds, memory, and how their slices are named."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,25 +11,60 @@ from dataclasses import dataclass
 class Chip:
     """One generation of Cloud TPU. Speeds and sizes are those of one chip.
 
-    ``ici_bytes_per_s`` counts all links, both directions; None where it is not published.
-    ``units_per_chip`` is what the number in an accelerator type counts: 2 for TensorCores, 1 for
-    chips. ``slice_chips`` are the sizes of slices: a slice of up to ``max_chips_per_host`` chips is
-    one host, a larger one has ``chips_per_host`` chips on each.
+    ``ici_bytes_per_s`` counts all links of a slice's network, both directions; ``dcn_bytes_per_s``
+    is a chip's share of its host's network, one direction. ``units_per_chip`` is what the number in
+    an accelerator type counts: 2 for TensorCores, 1 for chips. ``slice_chips`` are the sizes of
+    slices: a slice of up to ``max_chips_per_host`` chips is one host, a larger one has
+    ``chips_per_host`` chips on each. ``libtpu_name`` is what libtpu calls the generation.
     """
 
     name: str
     peak_bf16_flops: float
     hbm_bytes: int
     hbm_bytes_per_s: float
-    ici_bytes_per_s: float | None
+    ici_bytes_per_s: float
+    dcn_bytes_per_s: float
     units_per_chip: int
     chips_per_host: int
     max_chips_per_host: int
     slice_chips: Sequence[int]
+    libtpu_name: str
 
     def accelerator_type(self, chips: int) -> str:
         """Return the name of a slice of so many chips: v5p-128 for 64 chips of v5p."""
         return f"{self.name}-{chips * self.units_per_chip}"
+
+    @property
+    def dimensions(self) -> int:
+        """How many the torus of a slice has."""
+        return 3 if self.units_per_chip == 2 else 2
+
+    @property
+    def clock_hz(self) -> float:
+        """Cycles a second, as far as the peak tells: matrix units multiply 128 x 128 numbers in
+        each. v4 and v5p have 8 of them, v5e has 4, and those of v6e make up for 16.
+        """
+        units = {"v4": 8, "v5p": 8, "v5e": 4, "v6e": 16}[self.name]
+        return self.peak_bf16_flops / (units * 2 * 128 * 128)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What trains: ``slices`` slices of a chip, each a mesh or torus of the shape ``topology``."""
+
+    chip: Chip
+    topology: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        """The chips of all slices."""
+        return math.prod(self.topology) * self.slices
+
+    def __str__(self) -> str:
+        name = self.chip.accelerator_type(math.prod(self.topology))
+        count = f"{self.slices} x " if self.slices > 1 else ""
+        return f"{count}{name} ({'x'.join(map(str, self.topology))})"
 
 
 GIB = 2**30
@@ -40,10 +76,34 @@ _TORUS_2D = (1, 4, 8, 16, 32, 64, 128, 256)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 32 * GIB, 1200e9, None, 2, 4, 4, (*_TORUS_3D, *range(64, 4097, 64))),
-        Chip("v5e", 197e12, 16 * GIB, 819e9, 400e9, 1, 4, 8, _TORUS_2D),
-        Chip("v5p", 459e12, 95 * GIB, 2765e9, 1200e9, 2, 4, 4, (*_TORUS_3D, *range(64, 6145, 64))),
-        Chip("v6e", 918e12, 32 * GIB, 1638e9, 800e9, 1, 4, 8, _TORUS_2D),
+        Chip(
+            "v4",
+            275e12,
+            32 * GIB,
+            1200e9,
+            600e9,
+            6.25e9,
+            2,
+            4,
+            4,
+            (*_TORUS_3D, *range(64, 4097, 64)),
+            "v4",
+        ),
+        Chip("v5e", 197e12, 16 * GIB, 819e9, 400e9, 6.25e9, 1, 4, 8, _TORUS_2D, "v5e"),
+        Chip(
+            "v5p",
+            459e12,
+            95 * GIB,
+            2765e9,
+            1200e9,
+            6.25e9,
+            2,
+            4,
+            4,
+            (*_TORUS_3D, *range(64, 6145, 64)),
+            "v5",
+        ),
+        Chip("v6e", 918e12, 32 * GIB, 1638e9, 800e9, 12.5e9, 1, 4, 8, _TORUS_2D, "v6e"),
     )
 }
 # Cloud TPU itself names v5e slices v5litepod-N.
@@ -74,6 +134,58 @@ def parse_accelerator_type(accelerator_type: str) -> tuple[Chip, int, int]:
         )
     hosts = 1 if chips <= chip.max_chips_per_host else chips // chip.chips_per_host
     return chip, chips, hosts
+
+
+def topology_of(chip: Chip, chips: int) -> tuple[int, ...]:
+    """Return the shape of a slice of so many chips, as Cloud TPU makes it without a word: the one
+    with the shortest sides, which from 64 chips of v4 and v5p on are multiples of 4.
+    """
+    step = 4 if chip.dimensions == 3 and chips >= 64 else 1
+    sides = range(step, chips + 1, step)
+    if chip.dimensions == 2:
+        shapes = [(a, chips // a) for a in sides if chips % a == 0 and a * a <= chips]
+    elif chips < 64:
+        shapes = [{4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4)}[chips]]
+    else:
+        pairs = [(a, b) for a in sides if a**3 <= chips for b in sides if a <= b]
+        shapes = [
+            (a, b, chips // (a * b))
+            for a, b in pairs
+            if chips % (a * b * step) == 0 and a * b * b <= chips
+        ]
+    return min(shapes, key=sum)
+
+
+def parse_slice(accelerator_type: str, topology: str = "", slices: int = 1) -> Slice:
+    """Return the slice that a name (v5p-256), or a chip (v5p) and a shape (4x4x8), mean.
+
+    Raises ValueError, naming what is known, where there is none.
+    """
+    known = {**CHIPS, **{alias: CHIPS[name] for alias, name in _ALIASES.items()}}
+    if not topology:
+        chip, chips, _ = parse_accelerator_type(accelerator_type)
+        return Slice(chip, topology_of(chip, chips), slices)
+    if accelerator_type in known:
+        chip, chips = known[accelerator_type], None
+    else:
+        chip, chips, _ = parse_accelerator_type(accelerator_type)
+    sides = "x".join(["[0-9]+"] * chip.dimensions)
+    shape = tuple(map(int, topology.split("x"))) if re.fullmatch(sides, topology) else ()
+    default = shape and math.prod(shape) in chip.slice_chips and topology_of(chip, math.prod(shape))
+    cubes = chip.dimensions == 3 and shape and not any(side % 4 for side in shape)
+    if not default or not (cubes or shape == default):
+        few = [topology_of(chip, count) for count in chip.slice_chips[:8]]
+        more = ", and any cuboid of 4x4x4 cubes" if chip.dimensions == 3 else ""
+        raise ValueError(
+            f"topology {topology!r} is no slice of {chip.name}; known are "
+            f"{', '.join('x'.join(map(str, sides)) for sides in few)}{more}"
+        )
+    if chips and math.prod(shape) != chips:
+        raise ValueError(
+            f"topology {topology!r} has {math.prod(shape)} chips and accelerator type "
+            f"{accelerator_type!r} {chips}; give {chip.name} with the topology, or the type alone"
+        )
+    return Slice(chip, shape, slices)
 
 
 def current_chip(environ: Mapping[str, str] = os.environ) -> Chip | None:

@@ -8,7 +8,7 @@ type.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,27 @@ def public_names(mapping: Path, options: Mapping[str, Spec]) -> dict[str, Spec]:
     """Return the public names that ``mapping`` turns into role variables, each with its spec.
 
     A public name is one that stands before ``default(...)`` in an expression. Its spec is that of
-    the role variable.
+    the role variable, or of the key where it becomes a value of a dictionary.
     """
     names: dict[str, Spec] = {}
     for variable, expression in yaml.safe_load(mapping.read_text(encoding="utf-8")).items():
-        for item in Environment().parse(expression).find_all(nodes.Filter):
-            if item.name == "default" and isinstance(item.node, nodes.Name):
-                names.setdefault(item.node.name, {}).update(options.get(variable, {}))
+        tree, spec = Environment().parse(expression), options.get(variable, {})
+        parts = [(tree, spec)]
+        if "options" in spec:
+            pairs = tree.find_all(nodes.Pair)
+            parts = [(pair.value, spec["options"][pair.key.as_const()]) for pair in pairs]
+        for part, its_spec in parts:
+            for name in names_with_default(part):
+                names.setdefault(name, {}).update(its_spec)
     return names
+
+
+def names_with_default(tree: nodes.Node) -> Iterator[str]:
+    """Yield the names in an expression that stand before ``default(...)``."""
+    # A node that is one itself is not among those below it.
+    for item in [tree, *tree.find_all(nodes.Filter)]:
+        if isinstance(item, nodes.Filter) and item.name == "default":
+            yield from (node.name for node in [item.node] if isinstance(node, nodes.Name))
 
 
 def unknown(given: Mapping[str, Any], known: Mapping[str, Spec]) -> list[str]:

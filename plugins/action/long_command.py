@@ -59,7 +59,7 @@ class ActionModule(ActionBase):
             },
             required_by={"files": ["root"]},
         )
-        host = (task_vars or {}).get("inventory_hostname", "worker")
+        host = self._task.delegate_to or (task_vars or {}).get("inventory_hostname", "worker")
         if self._task.check_mode:
             display.display(f"  [{host}] would {args['would']}")
             return result | {"changed": True}

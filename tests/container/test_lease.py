@@ -1,5 +1,6 @@
 """The supervisor against real processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -27,10 +28,12 @@ class Supervised:
         self.lease = directory / "lease"
         self.lease.touch()
         self.log = directory / "trainer.log"
+        self.state = directory / "state.json"
         self.process = subprocess.Popen(
             [
                 *(sys.executable, LEASE, f"--lease={self.lease}", f"--seconds={seconds}"),
-                *(f"--grace={grace}", f"--log={self.log}", "--", sys.executable, "-c", code),
+                *(f"--grace={grace}", f"--log={self.log}", f"--state={self.state}"),
+                *("--", sys.executable, "-c", code),
             ],
             # As in the image.
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -166,6 +169,19 @@ def test_an_old_lease_counts_from_the_start(supervised):
     assert one.process.poll() is None
 
 
+def test_without_a_lease_nobody_need_renew_it(tmp_path):
+    ran = subprocess.run(
+        [
+            *(sys.executable, LEASE, "--grace=1", f"--log={tmp_path / 'log'}", "--"),
+            *(sys.executable, "-c", "import time; time.sleep(1); print('done')"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "done\n")
+
+
 def test_who_ignores_sigterm_is_killed_after_the_grace(supervised):
     started = time.monotonic()
     code, _ = supervised(STUBBORN + FOREVER, seconds=1, grace=1).end()
@@ -209,3 +225,36 @@ def test_a_log_that_cannot_grow_does_not_end_the_command(tmp_path):
     assert ran.returncode == 0
     assert "No space left on device" in ran.stdout
     assert ran.stdout.endswith("two\n")
+
+
+def test_who_ignores_sigterm_from_outside_is_killed_after_the_grace(supervised):
+    one = supervised(STUBBORN + FOREVER, grace=1)
+    one.wait_for("up")
+    one.process.terminate()
+    assert one.end()[0] == 128 + signal.SIGKILL
+
+
+def test_nothing_outlives_a_supervisor_that_is_killed(supervised):
+    one = supervised("import os, time; print(os.getpid(), flush=True)" + FOREVER)
+    one.wait_for("\n")
+    child = int(one.text())
+    one.process.kill()
+    one.end()
+    time.sleep(0.1)
+    assert gone(child)
+
+
+def test_the_state_tells_of_the_beginning_and_of_the_end(supervised):
+    one = supervised(POLITE + FOREVER)
+    one.wait_for("up")
+    state = json.loads(one.state.read_text())
+    assert state["pid"] == one.process.pid
+    assert "exit_code" not in state
+    size = one.state.stat().st_size
+    one.process.terminate()
+    one.end()
+    state = json.loads(one.state.read_text())
+    assert (state["exit_code"], state["oom_killed"]) == (1, False)
+    assert state["started"] <= state["finished"]
+    # Also a full disk has room for it.
+    assert one.state.stat().st_size == size

@@ -1,4 +1,4 @@
-"""The lock files of the stack."""
+"""What the stacks are made of: lock files, and where they come from."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 REQUIREMENTS = Path(__file__).parents[2] / "container/requirements"
-LOCKS = sorted(REQUIREMENTS.glob("*.txt"))
+STACKS = sorted(path.stem for path in REQUIREMENTS.glob("*.env"))
+LOCKED = ["guide", "release"]
+LOCKS = sorted(path for path in REQUIREMENTS.glob("*.txt") if path.stem != "nightly")
 
 
 def pins(name: str) -> dict[str, str]:
@@ -27,21 +29,45 @@ def test_every_pin_is_hashed_and_none_has_an_address(path):
             assert not line.startswith("-")
 
 
-def test_the_locks_hold_what_was_asked_for():
-    locked = pins("release.torch.txt") | pins("release.txt")
-    asked = pins("release.in")
+@pytest.mark.parametrize("stack", LOCKED)
+def test_the_locks_hold_what_was_asked_for(stack):
+    locked = pins(f"{stack}.torch.txt") | pins(f"{stack}.txt")
+    asked = pins(f"{stack}.in")
     assert asked
     assert asked == {name: locked.get(name) for name in asked}
 
 
-def test_torch_and_its_cuda_libraries_stand_apart():
-    assert list(pins("release.torch.txt")) == ["torch"]
-    assert "torch" not in pins("release.txt")
-    assert not [name for name in pins("release.txt") if name.startswith(("nvidia-", "triton"))]
-    assert all(name.startswith(("nvidia-", "triton")) for name in pins("release.cuda.txt"))
+@pytest.mark.parametrize("stack", LOCKED)
+def test_torch_and_its_cuda_libraries_stand_apart(stack):
+    assert list(pins(f"{stack}.torch.txt")) == ["torch"]
+    locked = pins(f"{stack}.txt")
+    assert "torch" not in locked
+    assert not [name for name in locked if name.startswith(("nvidia-", "triton"))]
+    assert all(name.startswith(("nvidia-", "triton")) for name in pins(f"{stack}.cuda.txt"))
 
 
-def test_the_tests_packages_agree_with_the_stack_s():
-    stack, tests = pins("release.txt"), pins("test.txt")
-    both = stack.keys() & tests.keys()
-    assert {name: stack[name] for name in both} == {name: tests[name] for name in both}
+@pytest.mark.parametrize("stack", LOCKED)
+def test_the_tests_packages_agree_with_the_stack_s(stack):
+    locked, tests = pins(f"{stack}.txt"), pins("test.txt")
+    both = locked.keys() & tests.keys()
+    assert {name: locked[name] for name in both} == {name: tests[name] for name in both}
+
+
+def test_nightly_has_the_trainers_libraries_as_release_has_them():
+    nightly = pins("nightly.txt")
+    assert nightly.keys() == {"transformers", "datasets"}
+    assert nightly.items() <= pins("release.txt").items()
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_stack_declares_its_python_on_a_line_that_ansible_finds(stack):
+    text = (REQUIREMENTS / f"{stack}.env").read_text(encoding="utf-8")
+    # The image's Debian has this one.
+    assert re.findall(r"^PYTHON=(\S+)$", text, re.MULTILINE) == ["3.11"]
+
+
+def test_every_variable_of_the_nightly_is_declared():
+    used = re.findall(r"\$\{(\w+)\}", (REQUIREMENTS / "nightly.txt").read_text(encoding="utf-8"))
+    declared = (REQUIREMENTS / "nightly.env").read_text(encoding="utf-8")
+    assert used
+    assert not [name for name in used if not re.search(rf"^{name}=\S", declared, re.MULTILINE)]

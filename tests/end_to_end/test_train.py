@@ -1,31 +1,10 @@
 """`ansible-playbook train.yml` on this machine, from the launch to the report. Needs the image."""
 
 import json
-import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
-
-
-@pytest.fixture(scope="module")
-def screen() -> str:
-    """What a short run prints, shown as it comes; it must end well."""
-    command = ["ansible-playbook", "train.yml", "-e", "gmm=true", "-e", f"max_steps={STEPS}"]
-    lines = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        for line in run.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    assert run.returncode == 0
-    return "".join(lines)
-
-
-@pytest.fixture(scope="module")
-def report(screen: str) -> dict:
-    return json.loads((ROOT / "runs/latest/report.json").read_text(encoding="utf-8"))
+from tests.end_to_end.conftest import ROOT, STEPS
 
 
 def test_the_run_succeeds(report: dict) -> None:
@@ -42,10 +21,21 @@ def test_the_experts_mode_is_the_one_asked_for(report: dict) -> None:
 
 
 def test_the_step_time_is_that_of_compiled_steps(report: dict) -> None:
-    step_time = report["step_time_s"]
-    assert step_time["source"] == "host_clock"
-    assert step_time["n"] == STEPS - 1 - report["compile"]["last_step"]
-    assert 0 < step_time["p50"] <= step_time["p90"]
+    assert report["host_clock_s"]["n"] == STEPS - 1 - report["compile"]["last_step"]
+    for step_time in (report["step_time_s"], report["host_clock_s"]):
+        assert 0 < step_time["p50"] <= step_time["p90"]
+
+
+def test_the_profile_gives_the_step_time_and_agrees_with_the_host_clock(report: dict) -> None:
+    assert report["step_time_s"]["source"] == "step_markers"
+    assert report["step_time_s"]["n"] >= 3
+    assert report["trace_over_host_clock"] == pytest.approx(1, abs=0.02)
+    assert report["notes"] == []
+
+
+def test_the_profile_shows_every_part_of_a_step(report: dict) -> None:
+    assert min(report["split_s"].values()) > 0
+    assert {it["kind"] for it in report["operations"]} == {"compute", "communication"}
 
 
 def test_the_step_is_compiled_at_most_twice(report: dict) -> None:
@@ -69,5 +59,5 @@ def test_every_artifact_is_fetched(report: dict) -> None:
 
 def test_the_screen_ends_with_the_report(screen: str, report: dict) -> None:
     last = screen[screen.index("PLAY RECAP") :]
-    assert "runs/" in last
+    assert f"runs/{report['run_id']}/report.html" in last
     assert f"{report['loss']['last']:.3f}" in last

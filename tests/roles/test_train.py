@@ -1,12 +1,14 @@
 """The role's variables against the trainer's flags, and the guide's command line against both."""
 
 import dataclasses
+import re
 import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar
@@ -25,6 +27,7 @@ FLAGS = {
     for field in dataclasses.fields(group)
     if field.name != "validate"
 }
+TEXTS = ("train_file", "validation_file")
 
 # The guide's command line and environment, less what says where its files are.
 GUIDE = {
@@ -59,7 +62,7 @@ GUIDE_ENVIRONMENT = {
 
 def bare(kind: Any) -> Any:
     """Return the type of a field without its ``| None``."""
-    return get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
+    return get_args(kind)[0] if get_origin(kind) in (types.UnionType, Union) else kind
 
 
 def ansible_type(kind: Any) -> str:
@@ -71,17 +74,30 @@ def ansible_type(kind: Any) -> str:
 def test_every_flag_is_a_variable_of_its_type_and_choices(flag):
     kind, _ = FLAGS[flag]
     option = OPTIONS[f"train_{flag}"]
-    # An empty path is a file that is not given, so the one of the text is a string.
-    assert option["type"] == ("str" if flag == "train_file" else ansible_type(kind))
+    # An empty path is a file that is not given, so those of texts are strings.
+    assert option["type"] == ("str" if flag in TEXTS else ansible_type(kind))
     choices = get_args(bare(kind)) if get_origin(bare(kind)) is Literal else ()
-    assert option.get("choices", []) == list(choices)
+    # An empty value leaves it to the trainer; where there are choices, it has to be one of them.
+    assert [it for it in option.get("choices", []) if it] == list(choices)
+
+
+@pytest.mark.parametrize("public", [{}, {"spmd_2d_sharding": "2"}, {"do_eval": "yes"}])
+def test_what_the_role_is_given_is_what_its_spec_allows(resolve, public):
+    options = {
+        name: {key: spec[key] for key in spec.keys() & {"type", "elements", "choices"}}
+        for name, spec in OPTIONS.items()
+    }
+    names = [f"train_{flag}" for flag in FLAGS]
+    values = {name: resolve(name, **public) for name in names}
+    validator = ArgumentSpecValidator({name: options[name] for name in names})
+    assert not validator.validate(values).error_messages
 
 
 # The role always trains, into a directory of its own, with paths of its own.
-@pytest.mark.parametrize("flag", FLAGS.keys() - {"do_train", "overwrite_output_dir"})
+@pytest.mark.parametrize("flag", sorted(FLAGS.keys() - {"do_train", "overwrite_output_dir"}))
 def test_a_default_is_the_trainer_s(flag):
     kind, default = FLAGS[flag]
-    if bare(kind) is Path and flag != "train_file":
+    if bare(kind) is Path and flag not in TEXTS:
         return
     assert (DEFAULTS[f"train_{flag}"] or None) == (default or None)
 
@@ -123,7 +139,7 @@ def resolve():
 
 
 def test_without_a_word_it_is_the_guide_s_command(resolve):
-    flags = resolve("train__flags_in_container", gmm="true")
+    flags = resolve("train__flags_of_run", gmm="true")
     assert {name: str(flags[name]) for name in GUIDE} == {k: str(v) for k, v in GUIDE.items()}
     places = {"config_name", "fsdp_config", "cache_dir", "output_dir"}
     for name in flags.keys() - GUIDE.keys() - places:
@@ -141,11 +157,110 @@ def test_on_a_cpu_there_are_two_threads_for_each_device(resolve):
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": "4",
         "NPROC": "8",
+        "JAX_PLATFORMS": "cpu",
     }
 
 
+def test_slices_that_train_as_one_know_each_other(resolve):
+    hosts = {
+        f"{slice_}-w{worker}": {"tpu_slice_id": slice_, "tpu_internal_ip": f"10.0.{index}.{worker}"}
+        for index, slice_ in enumerate(["a", "b"])
+        for worker in range(2)
+    }
+    environment = resolve(
+        "train__environment",
+        multislice="true",
+        ansible_play_hosts_all=list(hosts),
+        hostvars=hosts,
+        tpu_slice_id="b",
+    )
+    assert environment == GUIDE_ENVIRONMENT | {
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.0",
+    }
+
+
+@pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:8000"])
+@pytest.mark.parametrize("logged_in", [False, True])
+def test_the_hub_is_reached_as_from_the_controller_and_with_the_workers_login(
+    resolve, monkeypatch, endpoint, logged_in
+):
+    for name in ("HF_ENDPOINT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    if endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    login = {"stat": {"exists": logged_in}}
+    expected = {"HF_ENDPOINT": endpoint} if endpoint else {}
+    expected |= {"HF_TOKEN_PATH": "/hf/token"} if logged_in else {}
+    assert resolve("train__hub_environment", train__login=login) == expected
+    # It makes no other run of one that goes on.
+    assert resolve("train__environment", train__login=login) == GUIDE_ENVIRONMENT
+
+
+@pytest.mark.parametrize(
+    ("public", "flag"),
+    [
+        ({}, None),
+        ({"save_strategy": "steps"}, "auto"),
+        ({"run_name": "mine"}, "auto"),
+        (
+            {"save_strategy": "steps", "resume_from_checkpoint": "/a/checkpoint-4"},
+            "/a/checkpoint-4",
+        ),
+        ({"save_strategy": "steps", "stack": "guide"}, None),
+    ],
+)
+def test_a_run_begins_as_it_is_resumed(resolve, public, flag):
+    assert (resolve("train__flags_of_run", **public)["resume_from_checkpoint"] or None) == flag
+
+
+def test_a_tpu_keeps_what_it_has_compiled_for_each_image(resolve):
+    image, venv = "0123456789abcdef", "/home/me/mixtral-trainer/stacks/nightly-1"
+
+    def cache(**public):
+        return resolve("train__cache_environment", train_image_identity=image, **public)
+
+    assert cache() == {"XLA_PERSISTENT_CACHE_PATH": "/cache/xla/0123456789ab"}
+    native = cache(runtime="native", train__venv=venv, train__worker_dir="/w", train__home="/h")
+    assert native == {"XLA_PERSISTENT_CACHE_PATH": "/w/cache/native/xla/nightly-1"}
+    assert cache(pjrt_device="CPU") == {}
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_the_container_trusts_whom_the_controller_trusts(resolve, monkeypatch, name):
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    monkeypatch.setenv(name, "/etc/company.crt")
+    assert resolve("train_ca_file") == "/etc/company.crt"
+    environment = resolve("train__hub_environment", train__login={"stat": {"exists": False}})
+    assert environment["SSL_CERT_FILE"] == "/ca.crt"
+
+
+def test_the_container_cannot_write_to_the_login(resolve):
+    (mount,) = resolve("train__login_mount", ansible_facts={"user_dir": "/home/me"})
+    assert mount == {
+        "type": "bind",
+        "source": "/home/me/mixtral-trainer/hf",
+        "target": "/hf",
+        "read_only": True,
+    }
+
+
+def test_no_variable_that_is_recorded_holds_the_token(resolve):
+    tasks = (ROLE / "tasks/prepare.yml").read_text()
+    recorded = re.search(r"builtin\.varnames', '(.+?)'", tasks)[1]
+    mapped = yaml.safe_load((ROOT / "playbooks/group_vars/all.yml").read_text())
+    names = [name for name in DEFAULTS | mapped if re.search(recorded, name)]
+    assert {"train_max_steps", "mixtral_config_model"} <= set(names)
+    assert not re.search(recorded, "hf_token")
+    assert not re.search(recorded, "huggingface_token")
+    assert resolve("huggingface_token", hf_token="of-this-test") == "of-this-test"
+    for name in names:
+        assert "of-this-test" not in str(resolve(name, hf_token="of-this-test")), name
+
+
 def test_a_text_takes_the_place_of_the_dataset(resolve):
-    flags = resolve("train__flags_in_container", train_file="texts/my text.txt")
+    flags = resolve("train__flags_of_run", train_file="texts/my text.txt")
     assert flags["train_file"] == "/data/my text.txt"
     assert not flags["dataset_name"]
     assert not flags["dataset_config_name"]

@@ -98,6 +98,13 @@ def test_texts_are_one_or_the_other(argv: list[str], tmp_path: Path) -> None:
     assert "--dataset_name or --train_file" in message
 
 
+def test_a_stream_has_no_epochs_and_trains_no_tokenizer(argv: list[str]) -> None:
+    streaming = [*argv, "--streaming"]
+    assert "without --max_steps" in refusal([*streaming, "--tokenizer_name", "gpt2"])
+    assert "without --tokenizer_name" in refusal([*streaming, "--max_steps", "1"])
+    assert validate([*streaming, "--max_steps", "1", "--tokenizer_name", "gpt2"], {})
+
+
 def test_there_must_be_something_to_do(argv: list[str]) -> None:
     assert "add it" in refusal([flag for flag in argv if flag != "--do_train"])
     assert "num_train_epochs is 0" in refusal([*argv, "--num_train_epochs", "0"])
@@ -111,6 +118,72 @@ def test_an_earlier_run_is_replaced_only_on_demand(argv: list[str], tmp_path: Pa
     (tmp_path / "out" / "metrics.jsonl").write_text("{}\n")
     assert "--overwrite_output_dir" in refusal(argv)
     assert validate([*argv, "--overwrite_output_dir"], {})
+
+
+def test_a_run_is_continued_where_it_is_resumed(argv: list[str], tmp_path: Path) -> None:
+    """A checkpoint elsewhere begins another run, which must not mix with one that is there."""
+    newest = tmp_path / "out" / "checkpoint-4"
+    newest.mkdir(parents=True)
+    assert "or --resume_from_checkpoint auto to continue it" in refusal(argv)
+    assert validate([*argv, "--resume_from_checkpoint", "auto"], {})
+    assert validate([*argv, "--resume_from_checkpoint", str(newest)], {})
+    elsewhere = [*argv, "--resume_from_checkpoint", str(tmp_path / "other" / "checkpoint-4")]
+    assert "holds an earlier run" in refusal(elsewhere)
+    assert validate([*elsewhere, "--overwrite_output_dir"], {})
+
+
+@pytest.mark.parametrize("flag", ["--save_steps", "--save_total_limit"])
+def test_checkpoints_are_counted_from_one(argv: list[str], flag: str) -> None:
+    assert f"{flag}: '0' is not allowed" in refusal([*argv, "--save_strategy", "steps", flag, "0"])
+    assert validate([*argv, "--save_strategy", "steps", flag, "1"], {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--eval_steps 5", "--eval_steps 5 would be ignored without --eval_strategy steps"),
+        ("--per_device_eval_batch_size 4", "would be ignored without --do_eval"),
+        ("--validation_file a.txt", "--validation_file a.txt would be ignored without --do_eval"),
+        ("--logging_dir d", "--logging_dir d would be ignored without --report_to tensorboard"),
+        (
+            "--lr_scheduler_type constant --warmup_steps 3",
+            "--warmup_steps 3 would be ignored without --lr_scheduler_type constant_with_warmup",
+        ),
+        ("--warmup_ratio 1.5", "warmup_ratio is 1.5; it is a share of all steps, 0 to 1"),
+        ("--do_eval --validation_split_percentage 100", "allowed are 1 to 99"),
+        ("--gradient_accumulation_steps 0", "must be an integer, at least 1"),
+        ("--report_to wandb", "'wandb' is not allowed; allowed are 'none', 'tensorboard'"),
+        ("--do_eval --validation_file nowhere.txt", "nowhere.txt: cannot be read"),
+    ],
+)
+def test_nothing_is_ignored(argv: list[str], flags: str, said: str) -> None:
+    assert said in refusal([*argv, *flags.split()])
+
+
+def test_an_evaluation_has_the_batch_of_training_or_its_own(argv: list[str]) -> None:
+    four = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+    assert parse([*argv, "--do_eval"]).training.eval_batch == 8
+    flags = [*argv, "--per_device_eval_batch_size", "6"]
+    assert "is 6 sequences, which 4 devices do not divide; give a multiple of 4" in refusal(
+        [*flags, "--eval_strategy", "steps"], **four
+    )
+
+
+def test_a_share_of_the_steps_warms_up(argv: list[str]) -> None:
+    assert parse([*argv, "--warmup_ratio", "0.25"]).training.warmup(10) == 3
+    assert parse([*argv, "--warmup_ratio", "0.25", "--warmup_steps", "5"]).training.warmup(10) == 5
+
+
+def test_a_model_s_directory_brings_its_config(argv: list[str], tmp_path: Path) -> None:
+    position = argv.index("--config_name")
+    bare = [*argv[:position], *argv[position + 2 :]]
+    assert "--config_name missing; give it, or a model's directory" in refusal(bare)
+    directory = Path(argv[position + 1]).parent
+    assert parse([*bare, "--model_name_or_path", str(directory)]).config["hidden_size"] == 256
+    for name in ("mistralai/Mixtral-8x7B-v0.1", str(tmp_path / "nowhere")):
+        message = refusal([*bare, "--model_name_or_path", name])
+        assert f"there is no {name}/config.json here; give --config_name as well" in message
+        assert validate([*argv, "--model_name_or_path", name], {})
 
 
 @pytest.mark.parametrize(
@@ -227,6 +300,12 @@ def test_where_the_device_count_is_unknown_or_one_any_batch_passes(
         ({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "four"}, "'four'"),
         ({"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "0"}, "'0'"),
         ({"PJRT_DEVICE": "TPU", "TPU_ACCELERATOR_TYPE": "v9-8"}, "'v9-8'"),
+        ({"PROFILE_STEP": "three"}, "PROFILE_STEP is 'three'; it must be a whole number"),
+        ({"PROFILE_DURATION_MS": "-1"}, "PROFILE_DURATION_MS is '-1'"),
+        (
+            {"PROFILE_LOGDIR": "gs://bucket/p"},
+            "profiles are written to a directory",
+        ),
     ],
 )
 def test_an_environment_that_cannot_be_is_refused(
@@ -241,3 +320,47 @@ def test_validation_needs_no_package(argv: list[str]) -> None:
         [sys.executable, "-S", "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_two_ways_to_shard_are_refused(argv: list[str]) -> None:
+    message = refusal([*argv, "--fsdp", "full_shard", "--spmd_2d_sharding", "2"])
+    assert "--spmd_2d_sharding 2 and --fsdp full_shard are given together" in message
+
+
+def test_along_the_tensor_axis_the_batch_is_not_split(argv: list[str]) -> None:
+    eight = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8"}
+    flags = [*argv, "--spmd_2d_sharding", "2", "--per_device_train_batch_size"]
+    validate([*flags, "4"], eight)
+    message = refusal([*flags, "6"], **eight)
+    assert "8 devices by 2 do not divide. Nearest batches that work: 4 and 8." in message
+
+
+# The tiny Mixtral has 4 key and value heads, and 7 devices are no multiple of 2.
+@pytest.mark.parametrize(
+    ("split", "devices", "said"),
+    [
+        (8, 8, "which does not divide num_key_value_heads 4"),
+        (8, 8, "allowed are the divisors of 4"),
+        (2, 7, "spmd_2d_sharding is 2, which does not divide the 7 devices of a slice"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    argv: list[str], split: int, devices: int, said: str
+) -> None:
+    flags = [*argv, "--spmd_2d_sharding", str(split)]
+    assert said in refusal(flags, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices))
+
+
+def test_all_slices_share_the_batch(argv: list[str]) -> None:
+    slices = {"PJRT_DEVICE": "TPU", "TPU_ACCELERATOR_TYPE": "v5p-16", "MEGASCALE_NUM_SLICES": "2"}
+    flags = [*argv, "--per_device_train_batch_size"]
+    validate([*flags, "16"], slices)
+    message = refusal([*flags, "8"], **slices)
+    assert "16 devices (v5p-16) do not divide" in message
+    assert message.endswith("fits: 8 devices (v5p-8)")
+
+
+def test_a_number_of_slices_that_is_none_is_refused(argv: list[str]) -> None:
+    assert "MEGASCALE_NUM_SLICES is 'two'" in refusal(
+        argv, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4", MEGASCALE_NUM_SLICES="two"
+    )

@@ -78,7 +78,7 @@ def test_a_number_may_be_written_as_an_integer(write_config: Callable[..., Path]
         ({"hidden_size": 260}, ["hidden_size", "260", "multiple of num_attention_heads", "8"]),
         ({"head_dim": 33}, ["head_dim", "33", "even"]),
         ({"hidden_act": "gelu"}, ["hidden_act", '"gelu"', '"silu"']),
-        ({"output_router_logits": True}, ["output_router_logits", "true", "only false"]),
+        ({"output_router_logits": 1}, ["output_router_logits", "1", "true or false"]),
         ({"model_type": "llama"}, ["no Mixtral", '"llama"', '"mixtral"']),
         ({"model_type": ...}, ["no Mixtral", "null", '"mixtral"']),
     ],

@@ -65,6 +65,7 @@ def test_booleans_take_a_value(text: str, value: bool) -> None:
         (["--pace", "inf"], ["--pace", "'inf'"]),
         (["--shoes", "skis"], ["--shoes", "'skis'", "'boots'"]),
         (["--map", ""], ["--map", "empty"]),
+        (["--map", "gs://bucket/map"], ["--map", "'gs://bucket/map'", "it must be a path"]),
         (["--steps"], ["--steps", "expected one argument"]),
         (["--stepz", "3"], ["'--stepz'", "Did you mean --steps?"]),
         (["--step", "3"], ["'--step'", "Did you mean --steps?"]),

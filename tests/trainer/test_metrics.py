@@ -38,12 +38,25 @@ def test_metrics_can_be_read_while_the_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("of an earlier run\n")
     with MetricsWriter(path) as writer:
-        writer.write(step=0, loss=7.5, step_time_s=1.25, tokens_per_s=1638.4)
-        writer.write(step=1, loss=math.nan, step_time_s=1.0, tokens_per_s=2048.0)
+        writer.write(step=0, loss=7.5, expert_load=[0.25, 0.75])
+        writer.write(step=1, loss=math.nan, expert_load=[0.5, 0.5])
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert datetime.fromisoformat(lines[0].pop("time")).utcoffset().total_seconds() == 0
-    assert lines[0] == {"step": 0, "loss": 7.5, "step_time_s": 1.25, "tokens_per_s": 1638.4}
+    assert lines[0] == {"step": 0, "loss": 7.5, "expert_load": [0.25, 0.75]}
     assert lines[1]["loss"] is None
+
+
+def test_a_resumed_run_goes_on_from_its_step(tmp_path: Path) -> None:
+    """Also where a kill has cut the last line short."""
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, kept_steps=0) as writer:
+        writer.write(step=2, loss=7.5)
+        writer.write(step=3, loss=7.0)
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    with MetricsWriter(path, kept_steps=3) as writer:
+        writer.write(step=3, loss=6.5)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 7.5), (3, 6.5)]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import math
+
 import pytest
 
-from trainer.tpu import CHIPS, current_chip, parse_accelerator_type
+from trainer.tpu import CHIPS, current_chip, parse_accelerator_type, parse_slice, topology_of
 
 
 @pytest.mark.parametrize(
@@ -64,3 +66,14 @@ def test_what_is_unknown_is_refused_with_what_is_known(
 )
 def test_the_chip_of_this_machine(environ: dict[str, str], chip) -> None:
     assert current_chip(environ) == chip
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_every_slice_has_a_shape_of_its_chips(chip) -> None:
+    for chips in chip.slice_chips:
+        shape = topology_of(chip, chips)
+        assert (math.prod(shape), len(shape)) == (chips, chip.dimensions)
+        if chip.dimensions == 3 and chips >= 64:
+            assert not any(side % 4 for side in shape)
+        name = "x".join(map(str, shape))
+        assert parse_slice(chip.accelerator_type(chips)) == parse_slice(chip.name, name)

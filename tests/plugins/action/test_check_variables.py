@@ -22,6 +22,8 @@ PUBLIC = public_names(ROOT / "playbooks/group_vars/all.yml", OPTIONS)
         ("learning_rate", "float"),
         ("dataset_name", "str"),
         ("profile_step", "int"),
+        # A key of a dictionary has a type of its own.
+        ("torch_index", "str"),
     ],
 )
 def test_a_public_name_has_the_type_of_its_role_variable(name, kind):
@@ -30,6 +32,11 @@ def test_a_public_name_has_the_type_of_its_role_variable(name, kind):
 
 def test_helpers_of_the_map_are_no_public_names():
     assert not {"playbook_dir", "train_train_file", "mixtral_config_model"} & PUBLIC.keys()
+
+
+def test_a_key_of_a_dictionary_is_told_from_its_neighbours():
+    assert "torch_xla" in PUBLIC["torch_xla_wheel"]["description"]
+    assert "git" in PUBLIC["transformers_repository"]["description"]
 
 
 def test_an_unknown_name_is_told_the_nearest():
@@ -48,6 +55,7 @@ def test_known_names_and_ansibles_own_pass():
         ("gmm", "maybe", "'maybe' is not a valid boolean"),
         ("max_steps", "ten", "cannot be converted to an int"),
         ("torch_dtype", "fp16", "must be one of: float32, bfloat16, got: fp16"),
+        ("stack", "nightli", "must be one of: release, nightly, guide, got: nightli"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name, value, said):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import pytest
 
@@ -9,15 +10,17 @@ from plugins.action.follow_run import (
     ActionModule,
     Mirror,
     exit_record,
+    exits,
     failed_worker,
-    progress,
+    laggards,
+    screen_lines,
     signal_name,
     verdict,
 )
 
 
-def piece(data: bytes, offset: int) -> dict[str, object]:
-    return {"data": base64.b64encode(data).decode(), "offset": offset}
+def piece(data: bytes, offset: int, inode: int = 1) -> dict[str, object]:
+    return {"data": base64.b64encode(data).decode(), "offset": offset, "inode": inode}
 
 
 def test_the_mirror_is_the_worker_s_file_byte_for_byte(tmp_path):
@@ -31,6 +34,24 @@ def test_the_mirror_is_the_worker_s_file_byte_for_byte(tmp_path):
     assert mirror.offsets == {"trainer.log": len(whole), "metrics.jsonl": 0}
 
 
+def test_a_run_that_is_followed_again_is_still_the_same(tmp_path):
+    first, second = Mirror(tmp_path), Mirror(tmp_path)
+    first.take({"trainer.log": piece(b"one\ntwo\n", 8)})
+    second.take({"trainer.log": piece(b"one\n", 4)})
+    first.take({"trainer.log": piece(b"three\n", 14)})
+    second.take({"trainer.log": piece(b"two\nthree\n", 14)})
+    assert (tmp_path / "trainer.log").read_bytes() == b"one\ntwo\nthree\n"
+
+
+def test_steps_that_a_resumed_trainer_has_dropped_are_dropped_here(tmp_path):
+    mirror = Mirror(tmp_path)
+    mirror.take({"metrics.jsonl": piece(b'{"step": 0}\n{"step": 1}\n{"step": 2}\n', 36)})
+    assert mirror.take({"metrics.jsonl": piece(b'{"step": 0}\n{"step": 1}\n', 24, inode=2)})
+    assert mirror.last_steps() == [{"step": 0}, {"step": 1}]
+    assert mirror.offsets["metrics.jsonl"] == 24
+    assert mirror.inodes == {"metrics.jsonl": 2}
+
+
 def test_a_file_that_is_written_anew_is_replaced(tmp_path):
     mirror = Mirror(tmp_path)
     mirror.take({"summary.json": piece(b'{"max_steps": 5, "more": 1}', 27)})
@@ -41,24 +62,24 @@ def test_a_file_that_is_written_anew_is_replaced(tmp_path):
 
 def test_the_newest_step_is_the_last_whole_line(tmp_path):
     mirror = Mirror(tmp_path)
-    assert mirror.last_step() is None
+    assert mirror.last_steps() == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"st')
-    assert mirror.last_step() == {"step": 1}
+    assert mirror.last_steps() == [{"step": 0}, {"step": 1}]
 
 
 def test_a_progress_bar_is_the_line_it_last_showed(tmp_path):
-    (tmp_path / "trainer.log").write_text("loading\n\n 10%\r 20%\r 30%\r\nTraceback:\n  boom\n")
-    assert Mirror(tmp_path).last_lines(3) == [" 30%", "Traceback:", "  boom"]
+    text = "loading\n\n 10%\r 20%\r 30%\r\nTraceback:\n  boom\n"
+    assert screen_lines(text) == ["loading", " 30%", "Traceback:", "  boom"]
+    # Over SSH and from a file alike
+    (tmp_path / "trainer.log").write_bytes(text.encode())
+    assert Mirror(tmp_path).last_lines() == screen_lines(text)
 
 
-def test_progress_counts_steps_from_one():
-    step = {"step": 11, "loss": 2.5, "step_time_s": 1.234, "tokens_per_s": 1660.2}
-    assert progress(step, 120) == "step  12 of 120   loss 2.5000   1.23 s/step   1,660 tokens/s"
-
-
-def test_progress_survives_a_loss_that_is_not_finite():
-    step = {"step": 0, "loss": None, "step_time_s": 1.0, "tokens_per_s": 2048.0}
-    assert progress(step, None) == "step 1   loss not finite   1.00 s/step   2,048 tokens/s"
+def test_who_lags_is_named_with_how_far():
+    assert laggards({"w0": 100, "w1": 97}, tolerance=3) == ""
+    assert laggards({"w0": 100, "w1": 96}, tolerance=3) == "w1 is 4 steps behind"
+    assert laggards({"w0": 9, "w1": 2, "w2": -1}, tolerance=3) == "w2 is 10 steps behind and 1 more"
+    assert laggards({"w0": 1, "w1": 50}, tolerance=3) == ""
 
 
 @pytest.mark.parametrize(
@@ -108,20 +129,28 @@ def workers(tmp_path):
 def test_a_worker_that_failed_ends_the_others(workers):
     workers("w0", 0)
     workers("w2", 1)
-    assert failed_worker(workers.path, "w1") == "w2"
+    assert failed_worker(exits(workers.path, 0), "w1") == "w2"
 
 
 def test_a_lost_worker_ends_the_others(workers):
     workers("w0", None, "no answer")
-    assert failed_worker(workers.path, "w1") == "w0"
+    assert failed_worker(exits(workers.path, 0), "w1") == "w0"
+
+
+def test_what_an_earlier_follower_has_left_counts_for_nothing(workers):
+    workers("w0", None, "no answer")
+    path = workers.path / "w0/exit.json"
+    os.utime(path, (1000, 1000))
+    assert exits(workers.path, 1001) == {}
+    assert exits(workers.path, 1000).keys() == {"w0"}
 
 
 def test_nobody_is_ended_by_success_by_itself_or_by_one_that_was_ended(workers):
     workers("w0", 0)
     workers("w1", 1)
     workers("w2", 143, "stopped, because w1 failed")
-    assert failed_worker(workers.path, "w1") is None
-    assert failed_worker(workers.path, "w0") == "w1"
+    assert failed_worker(exits(workers.path, 0), "w1") is None
+    assert failed_worker(exits(workers.path, 0), "w0") == "w1"
 
 
 def test_a_failure_is_said_with_the_trainer_s_last_words(tmp_path):
@@ -149,7 +178,8 @@ def follow(workers):
             "run_id": "r",
             "lease_seconds": lease_seconds,
             "poll_seconds": 0,
-            "progress": False,
+            "since": 0,
+            "workers": [],
         }
         follower.stops, follower.renewals, left = 0, [], list(answers)
 
@@ -158,7 +188,7 @@ def follow(workers):
             answer = left.pop(0)
             return ({}, answer) if isinstance(answer, str) else (answer, "")
 
-        def stop():
+        def stop(_state):
             follower.stops += 1
 
         follower.look, follower.stop = look, stop
@@ -181,7 +211,7 @@ def test_a_silence_longer_than_the_lease_loses_the_worker(follow):
 @pytest.mark.parametrize("state", [None, {"run_id": "another", "running": True}])
 def test_a_container_that_is_not_of_this_run_is_gone(follow, state):
     _, (found, error, _) = follow(RUNNING, RUNNING | {"state": state})
-    assert (found, error) == (None, "its container is gone")
+    assert (found, error) == (None, "its container, or its record, is gone")
 
 
 def test_a_failure_elsewhere_stops_the_worker_once_and_ends_its_lease(follow, workers):

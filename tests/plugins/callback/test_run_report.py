@@ -26,7 +26,14 @@ REPORT = {
     "attention": {"kernel": "pallas_splash"},
     "device": {"kind": "TPU v5p", "count": 128, "hosts": 32},
     "loss": {"first": 10.51234, "last": 3.25, "bits_per_byte": 1.1},
-    "step_time_s": {"p50": 15.2, "p90": 15.75, "n": 8, "source": "host_clock"},
+    "step_time_s": {"p50": 15.2, "p90": 15.75, "n": 8, "source": "device_trace"},
+    "host_clock_s": {"p50": 15.25, "p90": 15.8, "n": 90},
+    "split_s": {"compute": 11.4, "communication": 3.04, "input": None, "idle": 0.76},
+    "skew": {"ratio": 1.0312, "slowest": "w1", "own_time_s": {"w0": 11.0, "w1": 11.4}},
+    "expert_load": {"fractions": [0.125] * 8, "max_over_mean": 1.2, "router_entropy": 2.0},
+    "plan": {"modelled": {"step_time_s": 13.0, "step_time_overlapped_s": 9.5, "mfu": 0.45}},
+    "peak_memory_bytes": 3 * 2**30,
+    "workers": [{"host": "w0", "step_time_s": 15.1}, {"host": "w1", "step_time_s": 15.2}],
     "tokens_per_s_per_device": 2155.8,
     "mfu": 0.3895,
     "compile": {"count": 2, "cached": 1, "seconds": 96.4, "last_step": 1},
@@ -36,7 +43,14 @@ REPORT = {
 
 def test_the_table_tells_what_was_measured():
     rows = dict(results(REPORT))
-    assert rows["step time"] == "p50 15.200 s, p90 15.750 s (8 steps, host clock)"
+    assert rows["step time"] == "p50 15.200 s, p90 15.750 s (8 steps, device trace)"
+    assert rows["  by the host clock"] == "p50 15.250 s (90 steps)"
+    assert rows["  went into"] == "compute 75%, communication 20%, idle 5%"
+    assert rows["skew"] == "1.031, the slowest is w1"
+    assert rows["expert load"] == "the fullest 1.20 times the mean"
+    assert rows["the plan's model"].startswith("step 13.000 s, 9.500 s with communication hidden")
+    assert (rows["  w0"], rows["  w1"]) == ("15.100 s", "15.200 s")
+    assert rows["peak memory"] == "3.00 GiB"
     assert rows["tokens/s per device"] == "2,156"
     assert rows["MFU"] == "39.0%"
     assert rows["loss"] == "10.512 → 3.250"
@@ -54,6 +68,7 @@ def test_what_is_not_known_is_a_dash_and_no_number():
         "mfu": None,
         "tokens_per_s_per_device": None,
         "step_time_s": {"p50": None, "p90": None, "n": 1, "source": "host_clock"},
+        **dict.fromkeys(("split_s", "skew", "expert_load", "plan", "peak_memory_bytes")),
         "notes": ["w0: summary.json is missing"],
     }
     rows = dict(results(report))
@@ -79,6 +94,11 @@ def ended(**changes):
         (ended(exit_code=137, signal="SIGKILL", oom_killed=True), "less memory"),
         (ended(exit_code=137, signal="SIGKILL"), "dmesg"),
         (ended(exit_code=143, signal="SIGTERM"), "train.yml"),
+        (ended(last_lines=["OSError: [Errno 28] No space left on device", "…"]), "free disk"),
+        (
+            ended(exit_code=143, signal="SIGTERM", error="its Docker engine, or …, was restarted"),
+            "journalctl",
+        ),
         (ended(), "last words"),
     ],
 )
@@ -100,12 +120,21 @@ def run_dir(tmp_path):
 
 
 def test_the_culprit_comes_last_with_its_last_words(run_dir):
-    lines = failures(run_dir, "runs/r")
+    lines = failures(run_dir, "runs/r", {})
     assert "w2" not in "\n".join(lines)
     assert lines[1] == "  w0  stopped, because w1 failed"
     assert lines[3:5] == ["  worker         w1", "  what happened  exit code 1"]
     assert lines[6] == "  whole log      runs/r/workers/w1/trainer.log"
     assert lines[7:] == ["  | Traceback:", "  |   RuntimeError: boom"]
+
+
+def test_what_the_tpu_says_of_a_worker_stands_with_it(run_dir):
+    lines = failures(run_dir, "runs/r", {"w0": ["LOW_MEMORY"], "w1": ["MESH_BUILD_FAIL 3 links"]})
+    assert lines[1:3] == [
+        "  w0            stopped, because w1 failed",
+        "  the TPU says  LOW_MEMORY",
+    ]
+    assert lines[6] == "  the TPU says   MESH_BUILD_FAIL 3 links"
 
 
 def play(tmp_path, *tasks):
@@ -135,21 +164,57 @@ def test_a_failure_before_the_run_is_said_again_after_the_recap(tmp_path):
     assert "what happened  no such thing" in shown
 
 
+def test_of_a_loop_every_item_that_failed_is_said(tmp_path):
+    shown = play(
+        tmp_path,
+        {
+            "name": "Look",
+            "ansible.builtin.assert": {"that": "item != 'b'", "fail_msg": "{{ item }} is wrong"},
+            "loop": ["a", "b"],
+        },
+    )
+    assert "what happened  b is wrong" in shown
+    assert "a is wrong" not in shown
+
+
+def test_a_worker_that_cannot_be_reached_has_a_next_step(tmp_path):
+    shown = play(
+        tmp_path,
+        {
+            "name": "Look",
+            "ansible.builtin.ping": {},
+            "vars": {
+                "ansible_connection": "ssh",
+                "ansible_port": 1,
+                "ansible_ssh_retries": 0,
+                "ansible_ssh_common_args": "-o UserKnownHostsFile=/dev/null",
+            },
+        },
+    )
+    assert "ssh: connect to host localhost port 1: Connection refused" in shown
+    assert "what to do     is it up, and at this address?" in shown
+
+
 def test_a_success_without_a_run_says_nothing(tmp_path):
     task = {"ansible.builtin.meta": "noop"}
     assert "FAILED" not in play(tmp_path, task)
 
 
 def test_a_worker_that_never_started_is_said_too(tmp_path, run_dir):
-    report = REPORT | {"status": "failed", "loss": {"first": None, "last": None}}
+    unknown = {"loss": {"first": None, "last": None}, "step_time_s": {"p50": None}}
+    report = REPORT | {"status": "failed"} | unknown
     (run_dir / "report.json").write_text(json.dumps(report))
     shown = play(
         tmp_path,
         {
             "block": [{"name": "Start", "ansible.builtin.fail": {"msg": "no such image"}}],
-            "always": [{"ansible.builtin.set_stats": {"data": {"train_run_dir": str(run_dir)}}}],
+            "always": [
+                {"ansible.builtin.set_stats": {"data": {"train_run_dir": str(run_dir)}}},
+                {"ansible.builtin.set_stats": {"data": {"slice_symptoms": {"localhost": ["HOT"]}}}},
+            ],
         },
     )
     assert "RUN 20260102-030405: failed" in shown
     assert "step time" not in shown
-    assert shown.rstrip().endswith("what happened  no such image")
+    assert "what happened  no such image" in shown
+    assert shown.rstrip().endswith("the TPU says   HOT")

@@ -54,10 +54,12 @@ def test_flops_are_those_that_torch_counts(presets: Path, changes: dict[str, int
 
 def test_defaults_are_those_of_transformers_but_where_this_trainer_differs() -> None:
     theirs = {field.name: field for field in dataclasses.fields(TrainingArguments)}
-    # It has one optimizer, saves nothing, and prints every step; its FSDP is off as "".
-    differing = {"optim", "save_strategy", "logging_steps", "fsdp", "overwrite_output_dir"}
+    # It has one optimizer, saves only when asked, prints every step, and evaluates on batches as
+    # large as those it trains on; what is off there as "" or "no" is None here.
+    differing = {"optim", "save_strategy", "logging_steps", "fsdp", "eval_strategy"}
+    differing |= {"per_device_eval_batch_size", "overwrite_output_dir", "output_dir"}
     for field in dataclasses.fields(arguments.TrainingArguments):
-        if field.name in theirs and field.name not in {*differing, "output_dir"}:
+        if field.name in theirs and field.name not in differing:
             assert field.default == theirs[field.name].default, field.name
 
 

@@ -1,48 +1,160 @@
-"""Grouped products and the expert modes against dense products in float64."""
+"""Grouped products and the expert modes against plain torch, for groups and routings at random."""
+
+import functools
+import importlib
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_xla
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trainer import grouped_matmul
+from trainer import experts, grouped_matmul
 
-SIZES = {
-    "even": [64, 64, 64, 64],
-    "uneven": [3, 200, 0, 53],
-    "one group has all": [0, 0, 256, 0],
-    "exact blocks": [128, 0, 128, 0],
-    "block and one": [129, 127, 0, 0],
-}
-
-
-def dense(lhs, rhs, sizes):
-    """Every group's rows times its own matrix, in float64."""
-    rows = lhs.double().split(sizes)
-    return torch.cat([x @ w.double().T for x, w in zip(rows, rhs, strict=True)])
+# A shape is compiled once, an example is quick.
+examples = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+SEEDS = st.integers(0, 2**32 - 1)
+BLOCK = grouped_matmul.BLOCK_ROWS
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_products_and_gradients_equal_dense_ones(sizes, dtype):
-    generator = torch.Generator().manual_seed(0)
-    lhs = torch.randn(sum(sizes), 24, generator=generator).to(dtype)
-    rhs = torch.randn(len(sizes), 40, 24, generator=generator).to(dtype)
-    seed = torch.randn(sum(sizes), 40, generator=generator).to(dtype)
+@st.composite
+def sizes_of_groups(draw, rows: int, groups: int) -> list[int]:
+    """Any way to part rows into groups, of which any may be empty and one may have all."""
+    if draw(st.booleans()):
+        return draw(st.permutations([rows] + [0] * (groups - 1)))
+    cuts = draw(st.lists(st.integers(0, rows), min_size=groups - 1, max_size=groups - 1))
+    return [end - start for start, end in itertools.pairwise([0, *sorted(cuts), rows])]
 
-    ours = [x.to(torch_xla.device()).requires_grad_() for x in (lhs, rhs)]
-    group_sizes = torch.tensor(sizes, dtype=torch.int32).to(torch_xla.device())
-    out = grouped_matmul.grouped_matmul(*ours, group_sizes)
-    gradients = torch.autograd.grad(out, ours, seed.to(torch_xla.device()))
 
-    expected = [x.double().requires_grad_() for x in (lhs, rhs)]
-    reference = dense(*expected, sizes)
-    reference_gradients = torch.autograd.grad(reference, expected, seed.double())
+def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator)
 
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for mine, theirs in zip((out, *gradients), (reference, *reference_gradients), strict=True):
-        assert mine.dtype == dtype
-        error = (mine.cpu().double() - theirs).norm() / theirs.norm()
-        assert error < tolerance
+
+def with_gradients(function, inputs, seed) -> list[torch.Tensor]:
+    """Return the result, and its gradient in every input, of ``seed`` as the result's."""
+    out = function(*inputs)
+    return [out, *torch.autograd.grad(out, inputs, seed)]
+
+
+def leaves(tensors, target) -> list[torch.Tensor]:
+    return [tensor.to(target).detach().requires_grad_() for tensor in tensors]
+
+
+def assert_close(ours, theirs, tolerance: float):
+    for mine, expected in zip(ours, theirs, strict=True):
+        error = (mine.cpu().double() - expected.double()).norm()
+        assert error <= tolerance * expected.double().norm().clamp(min=1e-3)
+
+
+def products(sizes, dtype, k, n, seed):
+    """Return grouped products with gradients, ours and dense ones in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    lhs, rhs = random(generator, sum(sizes), k), random(generator, len(sizes), n, k)
+    inputs, seed = [lhs.to(dtype), rhs.to(dtype)], random(generator, sum(sizes), n).to(dtype)
+    device = torch_xla.device()
+    groups = torch.tensor(sizes, dtype=torch.int32).to(device)
+
+    def ours(lhs, rhs):
+        return grouped_matmul.grouped_matmul(lhs, rhs, groups)
+
+    def dense(lhs, rhs):
+        return torch.cat([x @ w.T for x, w in zip(lhs.split(sizes), rhs, strict=True)])
+
+    return (
+        with_gradients(ours, leaves(inputs, device), seed.to(device)),
+        with_gradients(dense, leaves(inputs, torch.float64), seed.double()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "k", "n", "dtype"),
+    [
+        (1, 1, 8, 8, torch.float32),
+        (7, 8, 5, 3, torch.float32),
+        (2 * BLOCK, 4, 24, 40, torch.float32),
+        (2 * BLOCK, 4, 24, 40, torch.bfloat16),
+        (BLOCK + 1, 8, 16, 32, torch.float32),
+        (3 * BLOCK - 1, 3, 64, 16, torch.bfloat16),
+    ],
+)
+@examples
+@given(data=st.data(), seed=SEEDS)
+def test_products_and_gradients_equal_dense_ones(rows, groups, k, n, dtype, data, seed):
+    sizes = data.draw(sizes_of_groups(rows, groups))
+    ours, theirs = products(sizes, dtype, k, n, seed)
+    assert all(tensor.dtype == dtype for tensor in ours)
+    assert_close(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("sizes", [[3, 200, 0, 54], [0, 0, 257, 0]])
+def test_so_do_those_of_the_tpus_kernel(monkeypatch, sizes):
+    """JAX's interpreter runs Megablox with the tiles and the padding that a TPU would be given."""
+    megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+    for name in ("gmm", "tgmm"):
+        kernel = getattr(megablox, name)
+        interpreted = functools.wraps(kernel)(functools.partial(kernel, interpret=True))
+        monkeypatch.setattr(megablox, name, interpreted)
+    monkeypatch.setattr(grouped_matmul, "kernel", lambda: "pallas_megablox")
+    ours, theirs = products(sizes, torch.float32, 1100, 72, seed=0)
+    assert_close(ours, theirs, 1e-5)
+
+
+def plain_experts(index, hidden, weights, gate_up, down):
+    """Every token times its own copy of its experts' matrices."""
+    gate, up = torch.einsum("nh,nkih->nki", hidden, gate_up[index]).chunk(2, dim=-1)
+    out = torch.einsum("nki,nkhi->nkh", F.silu(gate) * up, down[index])
+    return torch.einsum("nkh,nk->nh", out, weights)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "top_k", "hidden", "intermediate"),
+    [
+        (1, 2, 1, 8, 16),
+        (5, 8, 2, 16, 24),
+        (64, 4, 1, 24, 8),
+        (BLOCK, 8, 2, 16, 32),
+        (BLOCK // 2 + 1, 6, 3, 8, 12),
+        (40, 2, 2, 32, 16),
+    ],
+)
+@examples
+@given(data=st.data(), seed=SEEDS)
+def test_every_mode_equals_plain_experts(tokens, count, top_k, hidden, intermediate, data, seed):
+    chosen = data.draw(st.sets(st.integers(0, count - 1), min_size=top_k), label="with tokens")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(tokens, len(chosen), generator=generator).argsort(1)[:, :top_k]
+    index = torch.tensor(sorted(chosen))[order]
+    inputs = [
+        random(generator, tokens, hidden),
+        torch.rand(tokens, top_k, generator=generator).softmax(-1),
+        random(generator, count, 2 * intermediate, hidden),
+        random(generator, count, hidden, intermediate),
+    ]
+    gradient = random(generator, tokens, hidden)
+    device = torch_xla.device()
+    on_device = index.to(device)
+    theirs = with_gradients(
+        functools.partial(plain_experts, index), leaves(inputs, "cpu"), gradient
+    )
+
+    def run(mode, hidden, weights, gate_up, down):
+        module = SimpleNamespace(
+            num_experts=count, gate_up_proj=gate_up, down_proj=down, act_fn=F.silu
+        )
+        return getattr(experts, mode)(module, hidden, on_device, weights)
+
+    ours = {
+        mode: with_gradients(
+            functools.partial(run, mode), leaves(inputs, device), gradient.to(device)
+        )
+        for mode in experts.MODES
+    }
+    torch_xla.sync()  # one program for all of them
+    for results in ours.values():
+        assert_close(results, theirs, 1e-5)
 
 
 def test_the_portable_kernel_says_its_name():

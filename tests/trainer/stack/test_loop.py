@@ -1,12 +1,25 @@
 """Whole runs of ``python -m trainer`` in a process of their own."""
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer, MixtralForCausalLM
+
+from trainer.arguments import parse
+from trainer.data import load_tokenizer
+from trainer.metrics import LEAST_STEPS
+from trainer.texts import load_texts
+from trainer.trace import read as read_trace
 
 PRESETS = Path(__file__).parents[3] / "trainer" / "presets"
 
@@ -51,21 +64,29 @@ def test_the_guides_flags_train(tmp_path, small, devices):
         *(tmp_path, small, "--gmm", "--max_steps", "12"),
         *("--learning_rate", "3e-3", "--warmup_steps", "3"),
         PROFILE_LOGDIR=str(tmp_path / "profile"),
-        PROFILE_DURATION_MS="100",
+        PROFILE_DURATION_MS="1",
     )
     assert done.returncode == 0, done.stderr
     lines = steps(out)
     assert [line["step"] for line in lines] == list(range(12))
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3
+    for line in lines:
+        assert sum(line["expert_load"]) == pytest.approx(1, abs=1e-3)
+        assert 0 < line["router_entropy"] <= math.log(8)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["compile"]["count"] <= 2
     assert summary["compile"]["last_step"] <= 1
-    assert summary["mesh"] == {"fsdp": devices, "tensor": 1}
+    assert summary["mesh"] == {"slice": 1, "fsdp": devices, "tensor": 1}
     assert summary["experts"] == {"mode": "gmm", "kernel": "grouped_loop"}
     assert summary["attention"] == {"kernel": "dense"}
     traces = list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert len(traces) == 1
-    assert traces[0].stat().st_size > 10_000
+    assert traces[0].name == f"{socket.gethostname()}.xplane.pb"
+    trace = read_trace(traces[0])
+    # As short as it is to be, it shows steps enough.
+    assert (trace["source"], trace["steps"], trace["n"]) == ("step_markers", [4, 7], LEAST_STEPS)
+    assert min(trace["split"].values()) > 0
+    assert any(it["kind"] == "communication" for it in trace["operations"]) == (devices > 1)
 
 
 def test_the_same_seed_gives_the_same_losses(tmp_path, small):
@@ -78,11 +99,71 @@ def test_the_same_seed_gives_the_same_losses(tmp_path, small):
     assert losses[0] == losses[1]
 
 
+def test_a_stream_of_documents_apart_is_resumed_where_it_was(tmp_path, small):
+    name = ["--do_train", "--output_dir", "o", "--dataset_name", "python-help"]
+    arguments = parse([*name, "--config_name", str(small)])
+    load_tokenizer(arguments, load_texts(arguments)).save_pretrained(tmp_path / "tokenizer")
+    flags = (
+        *("--streaming", "--reset_attention_mask", "--tokenizer_name", str(tmp_path / "tokenizer")),
+        *("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2"),
+    )
+    losses = []
+    for checkpoint in ("auto", str(tmp_path / "out" / "checkpoint-2")):
+        done, out = train(tmp_path, small, *flags, "--resume_from_checkpoint", checkpoint)
+        assert done.returncode == 0, done.stderr
+        losses.append([line["loss"] for line in steps(out)])
+    assert "after step 2" in done.stdout
+    assert len(set(losses[0])) == 4
+    assert losses[0] == losses[1]
+
+
+def test_batches_in_parts_train_as_whole_ones_and_are_evaluated(tmp_path, small):
+    """The oracle of the evaluation is transformers, with the model that the run has left."""
+    flags = ("--static", "--max_steps", "3", "--torch_dtype", "float32", "--do_eval")
+    (tmp_path / "whole").mkdir()
+    done, whole = train(tmp_path / "whole", small, *flags)
+    assert done.returncode == 0, done.stderr
+    done, out = train(
+        *(tmp_path, small, *flags, "--per_device_train_batch_size", "4"),
+        *("--gradient_accumulation_steps", "2", "--per_device_eval_batch_size", "8"),
+        *("--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "steps"),
+        *("--report_to", "tensorboard", "--logging_dir", str(tmp_path / "board")),
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in steps(out)]
+    assert losses == pytest.approx([line["loss"] for line in steps(whole)], rel=1e-5)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["model"]["global_batch"] == 8
+    assert summary["compile"]["last_step"] == 0
+    assert [found["step"] for found in summary["evaluations"]] == [2, 3]
+    found = summary["evaluations"][-1]
+    assert f"eval_loss {found['eval_loss']:.4f} perplexity" in done.stdout
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    held_out = [topics[topic] for topic in sorted(topics)][: len(topics) * 5 // 100]
+    tokens = torch.tensor(list(chain(*tokenizer(held_out)["input_ids"])))
+    blocks = tokens[: len(tokens) // 64 * 64].view(-1, 64)
+    # The last batch is completed from the first one.
+    blocks = blocks[torch.arange(-(-len(blocks) // 8) * 8) % len(blocks)]
+    model = MixtralForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(blocks, labels=blocks).loss.item()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [it.value for it in board.Scalars("train/loss")] == pytest.approx(losses)
+    assert board.Scalars("eval/eval_loss")[-1].value == pytest.approx(found["eval_loss"])
+
+
 def test_a_diverged_run_says_its_step(tmp_path, small):
     done, out = train(
         *(tmp_path, small, "--max_steps", "8", "--learning_rate", "1e30"),
         *("--max_grad_norm", "0", "--lr_scheduler_type", "constant"),
+        PROFILE_LOGDIR=str(tmp_path / "profile"),
+        PROFILE_STEP="7",
     )
+    assert "no profile: it would begin after step 7 (PROFILE_STEP 7, PROFILE_EPOCH 0" in done.stdout
     assert done.returncode == 1
     assert "training diverged" in done.stderr
     assert steps(out)[-1]["loss"] is None

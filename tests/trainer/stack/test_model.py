@@ -1,12 +1,16 @@
 """Loss and every gradient against transformers' own eager Mixtral, in fp32 on plain CPU."""
 
+import os
+
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_xla
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from trainer import experts, model
-from trainer.sharding import BATCH_SHARDING, shard
+from trainer.sharding import BATCH_SHARDING, make_mesh, shard
 
 TINY = {
     "model_type": "mixtral",
@@ -19,6 +23,8 @@ TINY = {
     "num_key_value_heads": 4,
     "vocab_size": 320,
     "max_position_embeddings": 128,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 10.0,
 }
 
 
@@ -33,38 +39,80 @@ def on_mesh(config: dict, mode: str) -> MixtralForCausalLM:
     return built
 
 
-def loss_and_gradients(built, batch, *, recompute: bool):
-    on_device = shard(batch.to(torch_xla.device()), BATCH_SHARDING)
-    loss = model.causal_lm_loss(built, on_device, recompute=recompute)
+def as_transformers(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Give a parameter, or its gradient, the shape that transformers has it in."""
+    return tensor.cpu().flatten(1, 2) if name.endswith("gate_up_proj") else tensor.cpu()
+
+
+def loss_and_gradients(built, *inputs, recompute: bool):
+    on_device = [shard(x.to(torch_xla.device()), BATCH_SHARDING) for x in inputs]
+    cross_entropy, routing = model.causal_lm_loss(built, *on_device, recompute=recompute)
+    loss = model.training_loss(built.config, cross_entropy, routing)
     loss.backward()
     torch_xla.sync()
-    return loss.item(), {n: p.grad.cpu() for n, p in built.named_parameters()}
+    values = {"loss": loss, "load": routing.load, "entropy": routing.entropy}
+    values |= {n: as_transformers(n, p.grad) for n, p in built.named_parameters()}
+    return {name: value.detach().cpu() for name, value in values.items()}
 
 
-def reference(built, config: dict, batch):
+def reference(built, config: dict, batch, lengths: list[list[int]] | None = None):
+    """transformers' own loss and gradients, with ``lengths`` of each document of a row alone."""
     eager = MixtralForCausalLM._from_config(
         MixtralConfig.from_dict(config),
         attn_implementation="eager",
         experts_implementation="eager",
         dtype=torch.float32,
     )
-    state = {name: value.cpu() for name, value in built.state_dict().items()}
+    state = {n: as_transformers(n, value) for n, value in built.state_dict().items()}
     eager.load_state_dict(state)
-    loss = eager(input_ids=batch, labels=batch).loss
+    if not lengths:
+        # Its loss is as config says; routers' logits it gives only where they are in the loss.
+        loss = eager(input_ids=batch, labels=batch).loss
+        outs = [eager(input_ids=batch, output_router_logits=True)]
+    else:
+        rows = zip(batch, lengths, strict=True)
+        documents = [part[None] for row, row_lengths in rows for part in row.split(row_lengths)]
+        outs = [eager(input_ids=one, output_router_logits=True) for one in documents]
+        losses = [
+            F.cross_entropy(out.logits[0, :-1], one[0, 1:], reduction="sum")
+            for out, one in zip(outs, documents, strict=True)
+        ]
+        loss = sum(losses) / sum(one.numel() - 1 for one in documents)
+        logits = tuple(map(torch.cat, zip(*(out.router_logits for out in outs), strict=True)))
+        loss = loss + config["router_aux_loss_coef"] * load_balancing_loss_func(
+            logits, config["num_local_experts"], config["num_experts_per_tok"]
+        )
     loss.backward()
-    return loss.item(), {n: p.grad for n, p in eager.named_parameters()}
+    logits = torch.cat([layer.detach() for out in outs for layer in out.router_logits])
+    chosen = logits.topk(config["num_experts_per_tok"]).indices
+    load = torch.bincount(chosen.flatten(), minlength=logits.shape[1]) / chosen.numel()
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    values = {"loss": loss.detach(), "load": load, "entropy": entropy}
+    return values | {n: p.grad for n, p in eager.named_parameters()}
 
 
 def assert_agree(ours, theirs, relative=1e-5):
-    assert ours[0] == pytest.approx(theirs[0], rel=relative)
-    assert ours[1].keys() == theirs[1].keys()
-    for name, expected in theirs[1].items():
-        error = (ours[1][name] - expected).norm() / expected.norm()
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        error = (ours[name] - expected).norm() / expected.norm()
         assert error < relative, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("mode", experts.MODES)
-def test_loss_and_every_gradient_equal_transformers(mode):
+# All devices along one axis, and what two along another one leave; slices know nothing of experts.
+MESHES = {
+    "fsdp": {},
+    "2d": {"tensor": 2},
+    "slices": {"slices": 2},
+    "planes": {"planes": 2},  # as on a torus of three dimensions
+}
+CASES = [("fsdp", mode) for mode in experts.MODES]
+if os.environ["CPU_NUM_DEVICES"] != "1":
+    CASES += [("2d", mode) for mode in experts.MODES] + [("slices", "gmm"), ("planes", "gmm")]
+
+
+@pytest.mark.parametrize(("axes", "mode"), CASES)
+def test_loss_and_every_gradient_equal_transformers(axes, mode, devices):
+    make_mesh(devices, **MESHES[axes])
     built, batch = on_mesh(TINY, mode), tokens(TINY)
     ours = loss_and_gradients(built, batch, recompute=True)
     assert_agree(ours, reference(built, TINY, batch))
@@ -77,14 +125,27 @@ def test_loss_and_every_gradient_equal_transformers(mode):
         {"sliding_window": 8},
         {"num_experts_per_tok": 3},
         {"rope_theta": 1e6, "num_key_value_heads": 8},
+        {"output_router_logits": False},
     ],
-    ids=["tied", "window", "top 3", "rope theta, no groups"],
+    ids=["tied", "window", "top 3", "rope theta, no groups", "no auxiliary loss"],
 )
 def test_what_the_config_says_reaches_the_gradients(change):
     config = TINY | {"num_hidden_layers": 2} | change
     built, batch = on_mesh(config, "gmm"), tokens(config)
     ours = loss_and_gradients(built, batch, recompute=True)
     assert_agree(ours, reference(built, config, batch))
+
+
+LENGTHS = [[32], [1, 31], [5, 20, 7], [16, 16], [30, 2], [3, 1, 1, 27], [10, 22], [8, 8, 8, 8]]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_packed_documents_do_not_see_each_other(recompute):
+    config = TINY | {"num_hidden_layers": 2, "sliding_window": 12}
+    built, batch = on_mesh(config, "gmm"), tokens(config)
+    ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
+    ours = loss_and_gradients(built, batch, torch.stack(ids).int(), recompute=recompute)
+    assert_agree(ours, reference(built, config, batch, LENGTHS))
 
 
 def test_without_recomputation_nothing_changes():
@@ -114,4 +175,5 @@ def test_the_weights_do_not_depend_on_the_number_of_devices():
     for module in other.modules():
         other._init_weights(module)
     for name, expected in other.named_parameters():
-        assert torch.equal(built.get_parameter(name).cpu(), expected), name
+        ours = as_transformers(name, built.get_parameter(name))
+        assert torch.equal(ours, expected), name

@@ -1,18 +1,20 @@
 """Adafactor and the schedules against transformers' own."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch_xla
-from transformers import get_scheduler
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, get_scheduler
 from transformers.optimization import Adafactor as TheirAdafactor
 
-from trainer.optimizer import Adafactor, clip_gradients, schedule
+from trainer.optimizer import NOT_DECAYED, Adafactor, clip_gradients, schedule
 from trainer.sharding import partition_spec, shard
 
 SHAPES = {
     "model.norm.weight": (64,),
     "lm_head.weight": (96, 64),
-    "model.layers.0.mlp.experts.gate_up_proj": (4, 48, 64),
+    "model.layers.0.mlp.experts.gate_up_proj": (4, 2, 24, 64),
 }
 
 
@@ -34,8 +36,13 @@ def both(dtype):
 )
 def test_adafactor_equals_transformers(dtype, tolerance):
     ours, theirs = both(dtype)
-    mine = Adafactor(ours.items())
-    other = TheirAdafactor(theirs.values(), lr=1e-2, scale_parameter=False, relative_step=False)
+    mine = Adafactor(ours.items(), weight_decay=0.3)
+    groups = [
+        {"params": [theirs[name] for name in SHAPES if ("norm" in name) == exempt]}
+        | {"weight_decay": 0.0 if exempt else 0.3}
+        for exempt in (False, True)
+    ]
+    other = TheirAdafactor(groups, lr=1e-2, scale_parameter=False, relative_step=False)
     generator = torch.Generator().manual_seed(1)
     for step in range(4):
         for name, shape in SHAPES.items():
@@ -51,6 +58,15 @@ def test_adafactor_equals_transformers(dtype, tolerance):
         assert error < tolerance, name
 
 
+def test_weights_decay_that_decay_in_transformers():
+    with torch.device("meta"):
+        model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=1))
+    decayed = Trainer.get_decay_parameter_names(None, model)
+    names = [name for name, _ in model.named_parameters()]
+    assert [n for n in names if not NOT_DECAYED.search(n)] == [n for n in names if n in decayed]
+    assert 0 < len(decayed) < len(names)
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e3], ids=["clipped", "untouched"])
 def test_clipping_equals_torch(max_norm):
     ours, theirs = both(torch.float32)
@@ -64,12 +80,13 @@ def test_clipping_equals_torch(max_norm):
         torch.testing.assert_close(ours[name].grad.cpu(), expected.grad)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup", [0, 7])
+KINDS = ["linear", "cosine", "inverse_sqrt", "constant_with_warmup"]
+
+
+@pytest.mark.parametrize(("kind", "warmup"), [("constant", 0), *product(KINDS, [0, 7])])
 def test_schedules_equal_transformers(kind, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    name = "constant_with_warmup" if kind == "constant" else kind
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=30)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=30)
     ours = schedule(kind, 0.1, warmup, 30)
     for step in range(30):
         assert ours(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-9), step

@@ -1,0 +1,517 @@
+"""The seam to whoever makes TPU slices: list, create, update, delete, and why something failed.
+
+Everything that knows Google's client library is here, on its REST transport. What leaves this file
+is plain data, as a cache can store it, and Problem, which a user can read. Another provider is
+another class with the methods of CloudTpu.
+
+It is imported late, because Google's client takes half a second to load.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import google.auth
+import requests.exceptions
+from google.api_core import exceptions
+from google.api_core.operation import Operation
+from google.api_core.retry import Retry
+from google.auth import compute_engine
+from google.auth import exceptions as auth_exceptions
+from google.auth.credentials import AnonymousCredentials
+from google.cloud import tpu_v2
+from google.cloud.tpu_v2.services.tpu.transports.rest import TpuRestTransport
+from google.oauth2 import credentials as oauth2
+from google.oauth2 import service_account
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.json_format import MessageToDict, ParseError
+
+from trainer.tpu import CHIPS, parse_accelerator_type
+
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+ENDPOINT = "https://tpu.googleapis.com"
+CALL_SECONDS = 30
+RETRY_SECONDS = 20
+# What may pass by itself, where nothing is made: there, 429 says that quota or capacity is missing.
+TRANSIENT = (
+    exceptions.InternalServerError,
+    exceptions.BadGateway,
+    exceptions.ServiceUnavailable,
+    exceptions.GatewayTimeout,
+    exceptions.TooManyRequests,
+    requests.exceptions.ConnectionError,
+    requests.exceptions.Timeout,
+)
+# The slice's life in minutes, as a label: labels hold no decimal point.
+MAX_MINUTES = "max-minutes"
+
+# google.cloud's names of the options, and where they come from when nobody sets them
+ENVIRONMENT = {
+    "auth_kind": "GCP_AUTH_KIND",
+    "service_account_file": "GCP_SERVICE_ACCOUNT_FILE",
+    "service_account_contents": "GCP_SERVICE_ACCOUNT_CONTENTS",
+    "service_account_email": "GCP_SERVICE_ACCOUNT_EMAIL",
+    "access_token": "GCP_ACCESS_TOKEN",
+    "scopes": "GCP_SCOPES",
+    "api_endpoint": "TPU_API_ENDPOINT",
+}
+
+# Of each chip: its name where there is a topology, its name in an accelerator type, and the image
+# of its virtual machines.
+API_NAMES = {
+    "v4": ("V4", "v4", "tpu-ubuntu2204-base"),
+    "v5e": ("V5LITE_POD", "v5litepod", "v2-alpha-tpuv5-lite"),
+    "v5p": ("V5P", "v5p", "v2-alpha-tpuv5"),
+    "v6e": ("V6E", "v6e", "v2-alpha-tpuv6e"),
+}
+
+Slice = dict[str, Any]
+
+
+def know_operations() -> None:
+    """Let Google's client read the operations that the API answers with.
+
+    Their metadata is a google.cloud.common.OperationMetadata, which the client has only as
+    google.cloud.tpu.v2.OperationMetadata; its REST transport refuses what it does not know.
+    """
+    known = tpu_v2.OperationMetadata.pb(tpu_v2.OperationMetadata()).DESCRIPTOR
+    file = descriptor_pb2.FileDescriptorProto(
+        name="google/cloud/common/operation_metadata.proto",
+        package="google.cloud.common",
+        syntax="proto3",
+        dependency=["google/protobuf/timestamp.proto"],
+    )
+    known.CopyToProto(file.message_type.add())
+    descriptor_pool.Default().Add(file)
+
+
+know_operations()
+
+
+class Problem(Exception):
+    """What went wrong, in one line, with what to do about it."""
+
+
+def from_environment() -> dict[str, Any]:
+    """Return the options of a connection that the environment sets."""
+    found = {name: os.environ.get(variable) for name, variable in ENVIRONMENT.items()}
+    return found | {"scopes": (found["scopes"] or "").split(",") if found["scopes"] else None}
+
+
+def age_hours(slice_: Slice, now: datetime | None = None) -> float:
+    """Return for how many hours a slice has been there."""
+    if not slice_["created"]:
+        return 0.0
+    created = datetime.fromisoformat(slice_["created"])
+    return max(0.0, ((now or datetime.now(UTC)) - created).total_seconds() / 3600)
+
+
+def is_expired(slice_: Slice, now: datetime | None = None) -> bool:
+    """Tell whether a slice has outlived the ``max_hours`` that it was made with."""
+    minutes = slice_["labels"].get(MAX_MINUTES, "")
+    return minutes.isdecimal() and age_hours(slice_, now) * 60 > int(minutes)
+
+
+def shape(accelerator_type: str, topology: str) -> dict[str, str]:
+    """Return what makes a slice of this shape: accelerator_type, topology, chip, runtime_version.
+
+    The type may be a chip alone, such as v5p, where there is a topology. Raises Problem for a type
+    that does not exist and for a topology that is not the type's.
+    """
+    dimensions = topology.split("x") if topology else []
+    if not all(size.isdecimal() and int(size) for size in dimensions):
+        raise Problem(f"topology is {topology!r}: numbers of chips are needed, such as 4x4x8")
+    chips = math.prod(map(int, dimensions))
+    names = {api: chip for chip, (_, api, _) in API_NAMES.items()}
+    alone = names.get(accelerator_type, accelerator_type)
+    if dimensions and alone in API_NAMES:
+        accelerator_type = CHIPS[alone].accelerator_type(chips)
+    try:
+        chip, of_type, _ = parse_accelerator_type(accelerator_type)
+    except ValueError as error:
+        raise Problem(f"{error}") from error
+    if chip.name not in API_NAMES:
+        raise Problem(f"the Cloud TPU API makes no {chip.name}; it has {', '.join(API_NAMES)}")
+    family, name, version = API_NAMES[chip.name]
+    flat = chip.name in ("v5e", "v6e")
+    if dimensions and (chips != of_type or len(dimensions) != (2 if flat else 3)):
+        raise Problem(
+            f"topology {topology} does not match {accelerator_type}: it has {of_type} chips, in "
+            f"{'two' if flat else 'three'} dimensions. Give one of the two, or make them match"
+        )
+    number = accelerator_type.rpartition("-")[2]
+    return {
+        "accelerator_type": f"{name}-{number}",
+        "topology": topology,
+        "chip": family,
+        "runtime_version": version,
+    }
+
+
+class CloudTpu:
+    """Slices of one project and zone, through the Cloud TPU API.
+
+    ``options`` are those of ENVIRONMENT. ``zone`` may be ``-``, all zones, where it is only read.
+    Every method raises Problem for whatever the API, the network or the credentials refuse.
+    """
+
+    def __init__(self, project: str, zone: str, options: Mapping[str, Any]) -> None:
+        self.project, self.zone = project, zone
+        self._parent = f"projects/{project}/locations/{zone}"
+        self._endpoint = options.get("api_endpoint") or ENDPOINT
+        with self._explained("log in"):
+            transport = TpuRestTransport(
+                host=self._endpoint, credentials=credentials(options, self._endpoint)
+            )
+        self._client = tpu_v2.TpuClient(transport=transport)
+
+    def slices(self) -> list[Slice]:
+        """Return all slices: one request a page."""
+        with self._explained("list the slices"):
+            pages = self._client.list_nodes(
+                parent=self._parent, retry=self._retry(), timeout=CALL_SECONDS
+            )
+            return [to_slice(node) for node in pages]
+
+    def request(self, name: str) -> dict[str, Any] | None:
+        """Return a queued resource, its state and why it failed; None where there is none."""
+        with self._explained("look for the queued resource"):
+            try:
+                found = self._client.get_queued_resource(
+                    name=f"{self._parent}/queuedResources/{name}",
+                    retry=self._retry(),
+                    timeout=CALL_SECONDS,
+                )
+            except exceptions.NotFound:
+                return None
+        data = MessageToDict(tpu_v2.QueuedResource.pb(found))
+        state = data.get("state", {})
+        return {
+            "name": name,
+            "state": state.get("state", "STATE_UNSPECIFIED"),
+            "error": state.get("failedData", {}).get("error", {}).get("message", ""),
+        }
+
+    def find(self, name: str) -> tuple[list[Slice], dict[str, Any] | None]:
+        """Return the slices that ``name`` means, and the queued resource of that name."""
+        return [it for it in self.slices() if name in (it["name"], it["request"])], self.request(
+            name
+        )
+
+    def instances(self, slice_: Slice) -> list[str]:
+        """Return the names of a slice's virtual machines, which is what IAP knows them by."""
+        with self._explained(f"ask for the machines of {slice_['name']}"):
+            answer = self._client.get_guest_attributes(
+                {"name": self._path(slice_["name"])}, timeout=CALL_SECONDS
+            )
+        machines = [
+            {item.key: item.value for item in attributes.query_value.items}
+            for attributes in answer.guest_attributes
+        ]
+        return [machine.get("hostname", "") for machine in machines]
+
+    def create(self, name: str, spec: Mapping[str, Any]) -> Operation:
+        """Begin to make a slice, or several as one queued resource; see ``to_node`` for ``spec``.
+
+        The operation is for ``failure``.
+        """
+        node = to_node(spec, self.project, self.zone)
+        with self._explained(f"create {name}"):
+            if not spec["queued"]:
+                return self._client.create_node(
+                    parent=self._parent, node_id=name, node=node, timeout=CALL_SECONDS
+                )
+            part: dict[str, Any] = {"parent": self._parent, "node": node}
+            if spec["count"] > 1:
+                part["multislice_params"] = {"node_count": spec["count"], "node_id_prefix": name}
+            else:
+                part["node_id"] = name
+            resource: dict[str, Any] = {"tpu": {"node_spec": [part]}}
+            if spec["spot"]:
+                # Here it is the request that says so, not the node.
+                node.scheduling_config = None
+                resource["spot"] = {}
+            elif spec["reserved"]:
+                resource["guaranteed"] = {}
+            return self._client.create_queued_resource(
+                parent=self._parent,
+                queued_resource_id=name,
+                queued_resource=resource,
+                timeout=CALL_SECONDS,
+            )
+
+    def failure(self, operation: Operation) -> str | None:
+        """Return why an operation has failed, None while it goes on and when it went well."""
+        with self._explained("ask how it goes on"):
+            try:
+                done = operation.done(retry=self._retry())
+            except ParseError:
+                # What the client does not know is in the response, which a failure does not have.
+                return None
+            error = operation.exception(timeout=CALL_SECONDS) if done else None
+        return self._reason("create the slice", error) if error else None
+
+    def update(self, name: str, changes: Mapping[str, Any]) -> None:
+        """Change labels and metadata of a slice to what ``changes`` has under these names."""
+        with self._explained(f"change {name}"):
+            self._client.update_node(
+                node={"name": self._path(name), **changes},
+                update_mask={"paths": list(changes)},
+                timeout=CALL_SECONDS,
+            )
+
+    def delete(self, slice_: str | None, request: str | None) -> bool:
+        """Begin to delete a queued resource with its slices, or else a slice.
+
+        Returns False where the API does not let it go yet, as while it is being created.
+        """
+        with self._explained(f"delete {request or slice_}"):
+            try:
+                if request:
+                    self._client.delete_queued_resource(
+                        {"name": f"{self._parent}/queuedResources/{request}", "force": True},
+                        retry=self._retry(),
+                        timeout=CALL_SECONDS,
+                    )
+                else:
+                    self._client.delete_node(
+                        name=self._path(slice_), retry=self._retry(), timeout=CALL_SECONDS
+                    )
+            except exceptions.NotFound:
+                pass
+            except exceptions.GoogleAPICallError as error:
+                answer = getattr(error.response, "text", "")
+                if error.code != 409 and "FAILED_PRECONDITION" not in answer:
+                    raise
+                return False
+        return True
+
+    def _path(self, name: str) -> str:
+        return f"{self._parent}/nodes/{name}"
+
+    def _retry(self) -> Retry:
+        return Retry(
+            lambda error: isinstance(error, TRANSIENT),
+            initial=0.3,
+            maximum=5,
+            timeout=RETRY_SECONDS,
+        )
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (
+            exceptions.GoogleAPIError,
+            auth_exceptions.GoogleAuthError,
+            requests.exceptions.RequestException,
+        ) as error:
+            raise Problem(self._reason(what, error)) from error
+
+    def _reason(self, what: str, error: Exception) -> str:
+        """Return in one line what the API said, and what to do."""
+        if isinstance(error, exceptions.RetryError) and error.cause:
+            error = error.cause
+        if isinstance(error, requests.exceptions.RequestException):
+            # requests wraps what the operating system says in several layers.
+            cause = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
+            told = f"no answer from {self._endpoint}: {cause[1] if cause else type(error).__name__}"
+        elif isinstance(error, auth_exceptions.RefreshError):
+            # A token is refused, and the client complains that it cannot make another one.
+            told = f"the credentials are refused: {error.args[0] if error.args else error}"
+        else:
+            told = getattr(error, "message", None) or str(error)
+        # The client puts the request before the API's words.
+        said = re.sub(r"^[A-Z]+ https?://\S+ ", "", " ".join(told.split())).rstrip(". ")
+        code = f" ({int(error.code)})" if getattr(error, "code", None) else ""
+        where = f"project {self.project}, zone {self.zone}"
+        return f"Cannot {what} ({where}): {said[:500]}{code}. {self._advice(error, said)}"
+
+    def _advice(self, error: Exception, said: str) -> str:
+        project, zone = self.project, self.zone
+        code = int(getattr(error, "code", 0) or 0)
+        if isinstance(error, auth_exceptions.DefaultCredentialsError):
+            return (
+                "Log in: gcloud auth application-default login. Or name a service account's file: "
+                "GCP_AUTH_KIND=serviceaccount GCP_SERVICE_ACCOUNT_FILE=…"
+            )
+        if isinstance(error, auth_exceptions.GoogleAuthError) or code == 401:
+            return (
+                "They may have expired. Log in again: "
+                "gcloud auth application-default login; or a new GCP_ACCESS_TOKEN"
+            )
+        if isinstance(error, requests.exceptions.RequestException) or code >= 500:
+            return (
+                f"Is {self._endpoint} reachable from here (network, proxy, TPU_API_ENDPOINT)? "
+                "Try again in a minute"
+            )
+        if code == 403 and re.search(r"disabled|has not been used", said):
+            return f"Enable it: gcloud services enable tpu.googleapis.com --project {project}"
+        if re.search(r"\b[Ll]ocation \S+ is not", said):
+            return (
+                f"Is {zone} a zone with TPUs? All of them: "
+                f"gcloud compute tpus locations list --project {project}"
+            )
+        if code == 403:
+            return (
+                f"Is {project} the right project (its id, not its title)? Whoever logs in needs "
+                "roles/tpu.viewer there to see slices, and roles/tpu.admin to make them"
+            )
+        if code == 409:
+            return "The name is taken. Choose another one: export TPU_NAME=…"
+        if code == 429 and "capacity" in said:
+            return "Try again later, in another zone, or wait in the queue: -e queued=true"
+        if code == 429:
+            return (
+                "See the quota, and ask for more of it: "
+                f"https://console.cloud.google.com/iam-admin/quotas?project={project}"
+            )
+        if "ccelerator" in said:
+            return (
+                "What the zone has: gcloud compute tpus accelerator-types list "
+                f"--zone {zone} --project {project}"
+            )
+        if "untime" in said:
+            return (
+                "What the zone has: gcloud compute tpus versions list "
+                f"--zone {zone} --project {project}"
+            )
+        return "Check project, zone and what was asked for"
+
+
+def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.credentials.Credentials:
+    """Return the credentials that the ``options`` name; see the documentation of gcp_tpu."""
+    kind, scopes = options.get("auth_kind") or "application", options.get("scopes") or [SCOPE]
+    address = urlsplit(endpoint)
+    loopback = address.hostname in ("127.0.0.1", "::1", "localhost")
+    if address.scheme != "https" and not (address.scheme == "http" and loopback):
+        raise Problem(
+            f"api_endpoint is {endpoint!r}: an https:// address is needed, or http:// on this "
+            f"machine (127.0.0.1). Google's own is {ENDPOINT}"
+        )
+    if kind == "anonymous":
+        if address.scheme != "http":
+            raise Problem(
+                f"auth_kind anonymous goes with an http:// endpoint on this machine, not with "
+                f"{endpoint}: use application, serviceaccount, machineaccount or accesstoken"
+            )
+        return AnonymousCredentials()
+    if kind == "application":
+        return google.auth.default(scopes=scopes)[0]
+    if kind == "accesstoken":
+        token = options.get("access_token")
+        if not token:
+            raise Problem("auth_kind is accesstoken, but there is no GCP_ACCESS_TOKEN")
+        return oauth2.Credentials(token)
+    if kind == "machineaccount":
+        email = options.get("service_account_email") or "default"
+        return compute_engine.Credentials(service_account_email=email)
+    if kind != "serviceaccount":
+        raise Problem(
+            f"auth_kind is {kind!r}: application, serviceaccount, machineaccount, accesstoken or "
+            "anonymous is allowed"
+        )
+    path, contents = options.get("service_account_file"), options.get("service_account_contents")
+    if not path and not contents:
+        raise Problem("auth_kind is serviceaccount, but there is no GCP_SERVICE_ACCOUNT_FILE")
+    try:
+        if path:
+            return service_account.Credentials.from_service_account_file(
+                os.path.expanduser(path), scopes=scopes
+            )
+        info = json.loads(contents) if isinstance(contents, str) else dict(contents)
+        return service_account.Credentials.from_service_account_info(info, scopes=scopes)
+    except (OSError, ValueError) as error:
+        # The text of a key is a secret, and so is all of its parts.
+        detail = error.strerror if isinstance(error, OSError) else "it is no service account's key"
+        raise Problem(
+            f"{path or 'service_account_contents'}: {detail}. "
+            "Make one: gcloud iam service-accounts keys create"
+        ) from None
+
+
+def to_slice(node: tpu_v2.Node) -> Slice:
+    """Return what the API says of a node as plain data."""
+    data = MessageToDict(tpu_v2.Node.pb(node))
+    _, project, _, zone, _, name = data["name"].split("/")
+    topology = data.get("acceleratorConfig", {}).get("topology", "")
+    network = data.get("networkConfig", {})
+    scheduling = data.get("schedulingConfig", {})
+    return {
+        "name": name,
+        "project": project,
+        "zone": zone,
+        "id": data.get("id", "0"),
+        "state": data.get("state", "STATE_UNSPECIFIED"),
+        "health": data.get("health", "HEALTH_UNSPECIFIED"),
+        "health_description": data.get("healthDescription", ""),
+        "accelerator_type": data.get("acceleratorType", ""),
+        "topology": topology,
+        "chips": math.prod(map(int, topology.split("x"))) if topology else 0,
+        "runtime_version": data.get("runtimeVersion", ""),
+        "created": data.get("createTime", ""),
+        "spot": scheduling.get("spot", False) or scheduling.get("preemptible", False),
+        "reserved": scheduling.get("reserved", False),
+        "network": network.get("network", ""),
+        "subnetwork": network.get("subnetwork", ""),
+        "service_account": data.get("serviceAccount", {}).get("email", ""),
+        "data_disks": [disk["sourceDisk"] for disk in data.get("dataDisks", [])],
+        "labels": data.get("labels", {}),
+        "metadata": data.get("metadata", {}),
+        "request": data.get("queuedResource", "").rpartition("/")[2],
+        "workers": [
+            {
+                "internal": endpoint.get("ipAddress", ""),
+                "external": endpoint.get("accessConfig", {}).get("externalIp", ""),
+            }
+            for endpoint in data.get("networkEndpoints", [])
+        ],
+        "symptoms": [
+            {
+                "worker": symptom.get("workerId", ""),
+                "type": symptom.get("symptomType", ""),
+                "details": symptom.get("details", ""),
+                "time": symptom.get("createTime", ""),
+            }
+            for symptom in data.get("symptoms", [])
+        ],
+    }
+
+
+def to_node(spec: Mapping[str, Any], project: str, zone: str) -> tpu_v2.Node:
+    """Return the node that is asked for.
+
+    ``spec`` has the names of ``to_slice`` where both have it, and ``chip``, the chip's name for the
+    API, which a topology needs; what is empty is left to the API.
+    """
+    disks = f"projects/{project}/zones/{zone}/disks"
+    node: dict[str, Any] = {
+        "runtime_version": spec["runtime_version"],
+        "labels": spec["labels"],
+        "metadata": spec["metadata"],
+        "scheduling_config": {"spot": spec["spot"], "reserved": spec["reserved"]},
+        "network_config": {
+            "network": spec["network"],
+            "subnetwork": spec["subnetwork"],
+            "enable_external_ips": spec["external_ips"],
+        },
+        "data_disks": [
+            {"source_disk": disk if "/" in disk else f"{disks}/{disk}"}
+            for disk in spec["data_disks"]
+        ],
+    }
+    if spec["topology"]:
+        node["accelerator_config"] = {"type_": spec["chip"], "topology": spec["topology"]}
+    else:
+        node["accelerator_type"] = spec["accelerator_type"]
+    if spec["service_account"]:
+        node["service_account"] = {"email": spec["service_account"], "scope": [SCOPE]}
+    return tpu_v2.Node(node)

@@ -1,0 +1,125 @@
+"""An archive on its way into an engine that is a script, through a real playbook."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plugins.action import load_image
+
+ROOT = Path(__file__).parents[3]
+MIB = 1 << 20
+
+
+def script(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load an archive of three MiB with a docker that does this; return the finished playbook."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "archive").write_bytes(bytes(range(256)) * (3 * MIB // 256))
+
+    def run(docker: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
+        script(tmp_path / "bin/docker", docker)
+        task = {"name": "Load", "load_image": {"archive": str(tmp_path / "archive")}}
+        play = [{"hosts": "all", "gather_facts": False, "tasks": [task]}]
+        (tmp_path / "play.yml").write_text(json.dumps(play))
+        variables = {"ansible_connection": "local"} | variables
+        return subprocess.run(
+            [
+                *(Path(sys.executable).parent / "ansible-playbook", "-i", "here,", *options),
+                *("-e", json.dumps(variables), tmp_path / "play.yml"),
+            ],
+            env=os.environ
+            | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+            | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_every_byte_arrives(load, tmp_path):
+    ran = load(f'echo "$@" > {tmp_path}/arguments; cat > {tmp_path}/arrived')
+    assert ran.returncode == 0, ran.stdout
+    assert "changed=1" in ran.stdout
+    assert (tmp_path / "arguments").read_text() == "load --quiet\n"
+    assert (tmp_path / "arrived").read_bytes() == (tmp_path / "archive").read_bytes()
+
+
+def test_a_failure_is_told_in_docker_s_words(load):
+    ran = load("dd bs=1M count=1 > /dev/null 2>&1; echo 'no space left on device' >&2; exit 1")
+    assert ran.returncode == 2
+    assert "was not loaded: no space left on device. 1 of 3 MiB were sent" in ran.stdout
+
+
+def test_it_goes_the_way_that_ansible_goes(load, tmp_path):
+    # The last argument is the command for the worker, and there sudo is.
+    script(tmp_path / "ssh", f'echo "$@" >> {tmp_path}/ways; for it; do :; done; exec sh -c "$it"')
+    script(
+        tmp_path / "sudo",
+        f'touch {tmp_path}/became; until [ "$1" = -u ]; do shift; done; "$3" "$4" "$5"',
+    )
+    ran = load(
+        f"cat > {tmp_path}/arrived",
+        ansible_connection="ssh",
+        ansible_ssh_executable=str(tmp_path / "ssh"),
+        ansible_host="192.0.2.7",
+        ansible_port=2222,
+        ansible_user="tpu",
+        ansible_ssh_common_args="-o ProxyCommand=hop",
+        ansible_become=True,
+        ansible_become_exe=str(tmp_path / "sudo"),
+    )
+    assert ran.returncode == 0, ran.stdout
+    way = (tmp_path / "ways").read_text().splitlines()[-1]
+    for part in ("Port=2222", 'User="tpu"', "ProxyCommand=hop", "ControlPersist", " 192.0.2.7 "):
+        assert part in way
+    assert (tmp_path / "became").exists()
+    assert (tmp_path / "arrived").read_bytes() == (tmp_path / "archive").read_bytes()
+
+
+def test_where_sudo_wants_a_password_it_says_what_to_do(load):
+    ran = load(
+        "exit 0",
+        ansible_connection="ssh",
+        ansible_ssh_executable="true",
+        ansible_user="tpu",
+        ansible_become=True,
+        ansible_become_password="secret",
+    )
+    assert ran.returncode == 2
+    assert "sudo wants a password on this worker" in ran.stdout
+    assert "secret" not in ran.stdout
+
+
+def test_check_mode_loads_nothing(load, tmp_path):
+    ran = load(f"touch {tmp_path}/seen", "--check")
+    assert ran.returncode == 0, ran.stdout
+    assert not (tmp_path / "seen").exists()
+
+
+def test_it_shows_how_far_it_is(monkeypatch, tmp_path):
+    lines = []
+    monkeypatch.setattr(load_image, "SHOW_SECONDS", 0.2)
+    monkeypatch.setattr(load_image.display, "display", lines.append)
+    (tmp_path / "archive").write_bytes(bytes(3 * MIB))
+    with (tmp_path / "archive").open("rb") as archive:
+        process = subprocess.Popen(
+            ["sh", "-c", "dd bs=1M count=2 > /dev/null; sleep 0.5"], stdin=archive
+        )
+        action = load_image.ActionModule.__new__(load_image.ActionModule)
+        assert action._follow(process, archive, "w0") == (2 * MIB, 3 * MIB)
+    assert lines[0] == "  [w0] 0:00  2 of 3 MiB"
+
+
+def test_what_is_left_to_do_is_the_engine_s():
+    assert load_image.progress(125, 5 * MIB, 5 * MIB).startswith("2:05  all 5 MiB sent")

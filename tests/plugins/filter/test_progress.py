@@ -1,0 +1,20 @@
+from plugins.filter.progress import last_steps, progress
+
+
+def test_lines_that_are_cut_are_left_out():
+    assert last_steps('ss": 2.0}\n{"step": 7}\n{"step": 8}\n{"st') == [{"step": 7}, {"step": 8}]
+    assert last_steps("") == []
+
+
+def test_progress_counts_steps_from_one():
+    step = {"step": 11, "loss": 2.5, "step_time_s": 1.234, "tokens_per_s": 1660.2}
+    said = "step  12 of {}   loss 2.5000   1.23 s/step   1,660 tokens/s"
+    assert progress([step], 120) == f"{said.format(120)}   2:13 left"
+    # One slow step among the newest does not change what is expected of the others.
+    assert progress([step, step, step | {"step_time_s": 90.0}, step], 9012).endswith("3:05:06 left")
+    assert progress([step], 12) == said.replace("  12", " 12").format(12)
+
+
+def test_progress_survives_a_loss_that_is_not_finite():
+    step = {"step": 0, "loss": None, "step_time_s": 1.0, "tokens_per_s": 2048.0}
+    assert progress([step], None) == "step 1   loss not finite   1.00 s/step   2,048 tokens/s"

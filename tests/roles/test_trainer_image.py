@@ -1,0 +1,74 @@
+"""What of an image's archive travels, for both forms that engines write."""
+
+import gzip
+import hashlib
+import io
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "roles/trainer_image/files/thin_archive.py"
+LAYERS = [b"base" * 1000, random.Random(7).randbytes(5_000_000), b"trainer"]
+DIGESTS = [hashlib.sha256(layer).hexdigest() for layer in LAYERS]
+# The order is the engine's, not that of the image.
+NAMES = {
+    "by its own ids": ["c3/layer.tar", "a1/layer.tar", "b2/layer.tar"],
+    "by digests": [f"blobs/sha256/{digest}" for digest in DIGESTS],
+}
+
+
+def archive(names: list[str]) -> bytes:
+    """An archive as `docker save` writes it, with LAYERS under these names."""
+    files = dict(sorted(zip(names, LAYERS, strict=True)))
+    files |= {"0f.json": b"{}", "manifest.json": b"[{}]", "repositories": b"{}"}
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in files.items():
+            if "/" in name:
+                directory = tarfile.TarInfo(name.rpartition("/")[0])
+                directory.type = tarfile.DIRTYPE
+                tar.addfile(directory)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        link = tarfile.TarInfo("d4/layer.tar")
+        link.type, link.linkname = tarfile.SYMTYPE, f"../{names[0]}"
+        tar.addfile(link)
+    return stream.getvalue()
+
+
+def contents(stream: bytes) -> dict[str, bytes | None]:
+    """Every member of an archive: its bytes, or None where it is no file."""
+    with tarfile.open(fileobj=io.BytesIO(stream)) as tar:
+        return {it.name: tar.extractfile(it).read() if it.isfile() else None for it in tar}
+
+
+def thin(stream: bytes, *held: str) -> subprocess.CompletedProcess[bytes]:
+    arguments = [f"sha256:{digest}" for digest in held]
+    return subprocess.run([sys.executable, SCRIPT, *arguments], input=stream, capture_output=True)
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("held", [[], [0], [0, 1], [0, 1, 2]])
+def test_only_layers_that_are_held_are_left_out(names, held):
+    whole = archive(names)
+    ran = thin(whole, *(DIGESTS[it] for it in held))
+    assert ran.returncode == 0, ran.stderr
+    left_out = {names[it] for it in held}
+    assert contents(gzip.decompress(ran.stdout)) == {
+        name: content for name, content in contents(whole).items() if name not in left_out
+    }
+
+
+@pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
+@pytest.mark.parametrize("held", [[], [0, 1]])
+def test_an_archive_that_breaks_off_is_an_error(names, held):
+    assert thin(archive(names)[:800_000], *(DIGESTS[it] for it in held)).returncode == 1
+
+
+def test_nothing_is_no_archive():
+    assert thin(b"").returncode == 1

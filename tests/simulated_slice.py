@@ -1,0 +1,229 @@
+"""A simulated slice to break, the playbooks that have to notice, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import docker
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = ["sim-w0", "sim-w1"]
+# The trainer's first step is there within this, on two cores that it shares with everybody.
+START_SECONDS = 180
+# An image that takes seconds: it validates, but cannot train. Its name is its own, so that the
+# trainer's layers stay on the workers.
+SMALL_IMAGE = {
+    "trainer_image_name": "mixtral-trainer-small",
+    "trainer_image_dockerfile": "molecule/shared/trainer/Dockerfile",
+    "worker_preflight_image": "mixtral-trainer-small:release",
+    "worker_preflight_install_gib": 2,
+    "train_image": "mixtral-trainer-small:release",
+}
+
+
+class Playbook:
+    """An ansible-playbook that runs, and what it has printed."""
+
+    def __init__(
+        self, name: str, *options: str, environment: Mapping[str, str] | None = None,
+        inventory: str = "inventory/simulated", **variables: object,
+    ) -> None:  # fmt: skip
+        self.process = subprocess.Popen(
+            ["ansible-playbook", f"--inventory={inventory}", name, *options]
+            + [f"--extra-vars={json.dumps({key: value})}" for key, value in variables.items()],
+            cwd=ROOT,
+            # Molecule asks for colours.
+            env=os.environ
+            | {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+            | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stdout:
+            self._lines.append(line)
+            print(line, end="", flush=True)
+
+    def wait_for(self, text: str, seconds: float = START_SECONDS) -> None:
+        """Return when ``text`` is on the screen."""
+        end = time.monotonic() + seconds
+        while text not in self.screen:
+            assert self.process.poll() is None, f"it ended without {text!r}"
+            assert time.monotonic() < end, f"{text!r} did not come within {seconds} s"
+            time.sleep(0.2)
+
+    def end(self, seconds: float = 240) -> int:
+        """Return the exit code."""
+        code = self.process.wait(seconds)
+        self._reader.join()
+        return code
+
+    def abort(self) -> None:
+        """End it at once, if it still runs."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.end()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal as a terminal does, to all of its processes."""
+        os.killpg(self.process.pid, number)
+
+    @property
+    def screen(self) -> str:
+        """What it has printed so far."""
+        return "".join(self._lines)
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self.process.poll()
+
+    @property
+    def table(self) -> str:
+        """What stands after the recap, on one line."""
+        return " ".join(self.screen.partition("PLAY RECAP")[2].split())
+
+
+class Worker:
+    """A worker of the slice, reached from below: also when its network is gone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.machine = docker.from_env().containers.get(name)
+
+    def run(self, command: str, **options: object) -> str:
+        """Run a shell command as root; it must succeed."""
+        code, output = self.machine.exec_run(["sh", "-c", command], **options)
+        assert not code, f"{self.name}: {command}: {output.decode()}"
+        return output.decode() if output else ""
+
+    def answers(self, command: str) -> bool:
+        """Tell whether a shell command succeeds."""
+        return self.machine.exec_run(["sh", "-c", command])[0] == 0
+
+    def processes(self, words: str) -> list[int]:
+        """Return the processes, by their ids on the worker, whose command line has ``words``."""
+        lines = self.run(
+            "for directory in /proc/[0-9]*; do"
+            ' echo "${directory#/proc/} $(tr "\\0" " " < $directory/cmdline 2> /dev/null)"; done'
+        ).splitlines()
+        return [int(line.split()[0]) for line in lines if words in line]
+
+    def trainers(self) -> list[int]:
+        """Return the processes of the trainer, without the supervisor of its lease."""
+        supervisors = self.processes("--log=")
+        return [pid for pid in self.processes("python -m trainer") if pid not in supervisors]
+
+    @property
+    def address(self) -> str:
+        """Where it is on the slice's network."""
+        (network,) = self.machine.attrs["NetworkSettings"]["Networks"].values()
+        return network["IPAddress"]
+
+    @contextmanager
+    def small_disk(self) -> Iterator[str]:
+        """Put the runs' files on a disk of 64 MiB; yields where it is mounted."""
+        path = "/home/tpu/mixtral-trainer"
+        self.run(
+            f"install -d -o tpu -g tpu {path} && mount -t tmpfs -o size=64m,uid=1000 tmpfs {path}"
+        )
+        try:
+            yield path
+        finally:
+            # Its last run's container holds it.
+            self.run(f"docker rm --force mixtral-trainer 2> /dev/null; umount {path}")
+
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Let no packet through to the worker, and none from it."""
+        self.run("iptables -I INPUT -i eth0 -j DROP && iptables -I OUTPUT -o eth0 -j DROP")
+        try:
+            yield
+        finally:
+            self.run("iptables -D INPUT -i eth0 -j DROP && iptables -D OUTPUT -o eth0 -j DROP")
+
+    def power_on(self) -> None:
+        """Start the worker, and its engine, after it was switched off."""
+        self.machine.start()
+        wait_until(lambda: self.answers("docker version"), f"{self.name}'s engine")
+
+
+@contextmanager
+def forwarded(*ports: int) -> Iterator[None]:
+    """Let every worker reach these ports of the controller's 127.0.0.1 under its own 127.0.0.1."""
+    with ExitStack() as tunnels:
+        for worker in map(Worker, WORKERS):
+            tunnel = subprocess.Popen(
+                ["ssh", "-N", "-i", ROOT / ".cache/simulated-slice/id_ed25519"]
+                + ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+                + ["-o", "LogLevel=ERROR", "-o", "ExitOnForwardFailure=yes"]
+                + [f"-R127.0.0.1:{port}:127.0.0.1:{port}" for port in ports]
+                + [f"tpu@{worker.address}"]
+            )
+            tunnels.enter_context(tunnel)
+            tunnels.callback(tunnel.terminate)
+            for port in ports:
+                knock = f"bash -c '< /dev/tcp/127.0.0.1/{port}'"
+                wait_until(partial(worker.answers, knock), f"port {port} on {worker.name}")
+        yield
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Return when ``condition`` holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {seconds} s"
+        time.sleep(0.5)
+
+
+class Runs:
+    """What runs have brought home."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def worker(self, name: str) -> Path:
+        """Return where the newest run keeps what is of a worker."""
+        return self.directory / "latest/workers" / name
+
+    def steps(self, name: str) -> list[int]:
+        """Return the steps of a worker that the controller knows of."""
+        path = self.worker(name) / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    def end(self, name: str) -> dict:
+        """Return the record of a worker's end."""
+        return json.loads((self.worker(name) / "exit.json").read_text())
+
+    def number(self) -> int:
+        """Return how many runs there were."""
+        return sum(not path.is_symlink() for path in self.directory.glob("*"))
+
+    def assert_healthy(self, run: Playbook, count: int) -> None:
+        """The newest is a run of ``count`` steps that ended as it should, on every worker."""
+        assert run.end() == 0
+        assert "succeeded" in run.table
+        report = json.loads((self.directory / "latest/report.json").read_text())
+        assert [it["status"] for it in report["workers"]] == ["succeeded"] * len(WORKERS)
+        assert [self.steps(name) for name in WORKERS] == [list(range(count))] * len(WORKERS)
+
+    def assert_survivor(self, name: str, culprit: str) -> None:
+        """A worker was stopped because of another one, and all of its files are here."""
+        assert self.end(name)["error"] == f"stopped, because {culprit} failed"
+        assert self.steps(name)
+        assert (self.worker(name) / "trainer.log").stat().st_size
+        assert list(self.worker(name).glob("profile/**/*.xplane.pb"))

@@ -1,0 +1,289 @@
+"""The training step as a program for a TPU slice, traced and compiled without one.
+
+    python -m trainer.lowering RESULT ACCELERATOR_TYPE TOPOLOGY SLICES <the trainer's flags>
+
+writes what trainer.plan asks for, as JSON, to the file RESULT. A program of its own, because libtpu
+may end the process instead of raising.
+
+The tracing process has one CPU device and no weights: parameters, moments and tokens are
+placeholders, shapes without data. Their shardings, which torch_xla keeps with the data, are
+written on the arguments of the program. libtpu holds the TPU's compiler, which needs no TPU.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import program
+from trainer.arguments import Arguments, parse
+from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
+
+# The TPU exists only as a topology, and nothing is to be looked for.
+ENVIRONMENT = {
+    "PJRT_DEVICE": "CPU",
+    "CPU_NUM_DEVICES": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A step that is ready for the compiler, and what one chip holds of its state."""
+
+    module: str
+    weight_bytes: int
+    optimizer_bytes: int
+    weights: frozenset[tuple[int, ...]]  # shapes, as a device has them after gathering
+
+
+def pretend_to_be(slice_: Slice) -> None:
+    """Let this process call itself a TPU with the slice's devices: it is good for nothing else."""
+    import torch
+    import torch_xla
+    import torch_xla.runtime as xr
+    from jax._src import stages
+
+    xr.use_spmd()
+    torch.zeros(1).to(torch_xla.device()).cpu()  # XLA's client exists before the first backward
+    # The trainer chooses, and JAX lowers, the kernels of a TPU.
+    xr.device_type = lambda: "TPU"
+    lower = stages.Traced.lower
+    stages.Traced.lower = lambda self, **_: lower(self, lowering_platforms=("tpu",))
+    coordinates = [{"coords": list(device.coords)} for device in topology(slice_)]
+    xr.global_runtime_device_count = lambda: slice_.chips
+    xr.global_runtime_device_attributes = lambda: coordinates
+
+
+def trace(arguments: Arguments, slice_: Slice) -> Lowered:
+    """Return one step as it runs on ``slice_``: forward, backward, clipping and update."""
+    import torch
+    import torch_xla
+    from jaxlib import _jax
+
+    pretend_to_be(slice_)
+
+    from trainer import loop, model, sharding
+    from trainer.optimizer import Adafactor
+
+    tensor = arguments.model.tensor_devices
+    sharding.make_mesh(slice_.chips, tensor=tensor, slices=slice_.slices)
+    mixtral = model.build(
+        arguments.config,
+        experts_mode=arguments.model.experts_mode,
+        flash_attention=arguments.model.flash_attention,
+        dtype=getattr(torch, arguments.model.torch_dtype),
+    )
+
+    def shape_only(_: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    model.load(mixtral, shape_only)
+    training = arguments.training
+    optimizer = Adafactor(
+        mixtral.named_parameters(), shape_only, weight_decay=training.weight_decay
+    )
+
+    def batch(dtype: torch.dtype) -> torch.Tensor:
+        shape = (training.global_batch, arguments.data.block_size)
+        return sharding.put(torch.empty(shape, dtype=dtype, device="meta"), sharding.BATCH_SHARDING)
+
+    rates = torch.tensor([1e-3, 0.5]).to(torch_xla.device())
+    torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)  # as in the loop
+
+    parameters, moments = list(mixtral.parameters()), list(optimizer.state.values())
+    before = [tensor.detach().clone() for tensor in (*parameters, *moments)]
+    measured = loop.train_step(
+        mixtral,
+        optimizer,
+        batch(torch.int64),
+        rates[0],
+        rates[1],
+        batch(torch.int32) if arguments.data.reset_attention_mask else None,
+        accumulation=training.gradient_accumulation_steps,
+        max_grad_norm=training.max_grad_norm,
+        recompute=arguments.fsdp.activation_checkpointing,
+    )
+    context = torch_xla._XLAC.lowering.LoweringContext("train_step")
+    context.build([measured, *(tensor.detach() for tensor in (*parameters, *moments))])
+    specs = {context.tensor_parameter_id(leaf): spec for leaf, spec in sharding.placeholders}
+    updated = [context.tensor_parameter_id(leaf) for leaf in before]
+    module = _jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(context.hlo()))
+
+    def held(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
+        pairs = zip(tensors, indices, strict=True)
+        return sum(one.nbytes // sharding.parts(specs[index]) for one, index in pairs)
+
+    shapes = {
+        tuple(
+            size // (tensor if axis == sharding.TENSOR else 1)
+            for size, axis in zip(one.shape, sharding.partition_spec(name), strict=True)
+        )
+        for name, one in mixtral.named_parameters()
+    }
+    return Lowered(
+        _with_shardings(module, {i: _hlo_sharding(spec) for i, spec in specs.items()}, updated),
+        held(parameters, updated[: len(parameters)]),
+        held(moments, updated[len(parameters) :]),
+        frozenset(shapes),
+    )
+
+
+def _hlo_sharding(spec: tuple) -> str:
+    """Return ``spec`` on the global mesh as XLA writes shardings."""
+    import torch_xla.distributed.spmd as xs
+
+    from trainer.sharding import AXES, size
+
+    split = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
+    named = [axis for axes in split for axis in axes]
+    rest = [axis for axis in AXES if axis not in named]
+    tiles = [math.prod(size(axis) for axis in axes) for axes in (*split, rest)]
+    devices = xs.get_global_mesh().get_logical_mesh()
+    devices = devices.transpose([AXES.index(axis) for axis in (*named, *rest)]).ravel()
+    shape, order = (",".join(map(str, numbers)) for numbers in (tiles, devices))
+    return f"{{devices=[{shape}]{order} last_tile_dim_replicate}}"
+
+
+def _with_shardings(module: str, shardings: dict[int, str], updated: list[int]) -> str:
+    """Return ``module`` with shardings on its arguments and results.
+
+    ``updated`` names the arguments that the results after the first one replace, in their memory.
+    """
+    from jax._src.interpreters import mlir
+    from jaxlib.mlir import ir
+
+    with mlir.make_ir_context():
+        parsed = ir.Module.parse(module)
+        main = next(op for op in parsed.body.operations if op.name.value == "main")
+        replaced = {argument: 1 + index for index, argument in enumerate(updated)}
+        arguments = []
+        for index, old in enumerate(main.arg_attrs):
+            attributes = {named.name: named.attr for named in old}
+            if index in shardings:
+                attributes["mhlo.sharding"] = ir.StringAttr.get(shardings[index])
+            if index in replaced:
+                attributes["tf.aliasing_output"] = ir.IntegerAttr.get(
+                    ir.IntegerType.get_signless(32), replaced[index]
+                )
+            arguments.append(ir.DictAttr.get(attributes))
+        main.arg_attrs = ir.ArrayAttr.get(arguments)
+        results = ["{replicated}", *(shardings[index] for index in updated)]
+        main.result_attrs = ir.ArrayAttr.get(
+            [ir.DictAttr.get({"mhlo.sharding": ir.StringAttr.get(name)}) for name in results]
+        )
+        return str(parsed)
+
+
+def compile_(module: str, slice_: Slice) -> Any:
+    """Return the loaded executable of ``module`` for ``slice_``."""
+    from jax._src import compiler
+    from jaxlib import _jax
+
+    devices = topology(slice_)
+    options = compiler.get_compile_options(
+        num_replicas=1,
+        num_partitions=len(devices),
+        device_assignment=np.array([[device.id for device in devices]]),
+        use_spmd_partitioning=True,
+    )
+    return devices[0].client.compile(module.encode(), _jax.DeviceList(tuple(devices)), options)
+
+
+def topology(slice_: Slice) -> list:
+    """Return libtpu's devices of a slice that is not there, by their ids."""
+    from jax.experimental.topologies import get_topology_desc
+
+    name = f"{slice_.chip.libtpu_name}:{'x'.join(map(str, slice_.topology))}"
+    options: dict[str, Any] = {}
+    if slice_.chip.name == "v4":  # else its two cores count as devices, which they are not to XLA
+        options["chip_config_name"] = "megacore"
+    if math.prod(slice_.topology) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if slice_.slices > 1:
+        options["num_slices"] = slice_.slices
+    devices = get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    return sorted(devices, key=lambda device: device.id)
+
+
+def knows(chip: Chip) -> bool:
+    """Whether the libtpu that is here compiles for a chip."""
+    try:
+        topology(Slice(chip, topology_of(chip, 4)))
+    except Exception:  # XlaRuntimeError, or that of another jaxlib
+        return False
+    return True
+
+
+def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
+    """Trace and compile the step; return what is to be known of it, or how the compiler refused.
+
+    The key ``error`` is there only in the latter case, and ``hbm_bytes`` then where HBM was what it
+    lacked.
+    """
+    began = time.monotonic()
+    lowered = trace(arguments, slice_)
+    traced = time.monotonic()
+    layers = arguments.config["num_hidden_layers"]
+    kernels, products = program.lowered_work(lowered.module, layers, slice_.chips)
+    result = {
+        "trace_seconds": traced - began,
+        "weight_bytes": lowered.weight_bytes,
+        "optimizer_bytes": lowered.optimizer_bytes,
+        "kernels": [asdict(kernel) for kernel in kernels],
+        "products": products,
+    }
+    try:
+        began = time.monotonic()
+        executable = compile_(lowered.module, slice_)
+    except Exception as error:  # XlaRuntimeError, whose text is all there is
+        used = re.search(
+            r"Ran out of memory in memory space hbm\. Used ([\d.]+)([GMK])", str(error)
+        )
+        if used:
+            unit = {"G": 2**30, "M": 2**20, "K": 2**10}[used[2]]
+            result["hbm_bytes"] = float(used[1]) * unit
+        return result | {"error": str(error)}
+    seconds = time.monotonic() - began
+    memory = executable.get_compiled_memory_stats()
+    text = executable.hlo_modules()[0].to_string()
+    compiled = program.Compiled(text, layers)
+    tensor = arguments.model.tensor_devices
+    sizes = program.Sizes(
+        arguments.training.per_device_train_batch_size * tensor // slice_.chips,
+        arguments.data.block_size,
+        lowered.weights,
+        tensor,
+    )
+    return result | {
+        "compile_seconds": seconds,
+        "hbm_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        "program_bytes": memory.generated_code_size_in_bytes,
+        "collectives": [asdict(one) for one in compiled.collectives(lowered.module, sizes)],
+        "cycles": compiled.cycles(),
+        "pallas_calls": compiled.pallas_calls(),
+        "rematerialised": compiled.rematerialised(),
+    }
+
+
+if __name__ == "__main__":
+    os.environ |= ENVIRONMENT
+    result, accelerator_type, topology_, slices_, *flags = sys.argv[1:]
+    slice_ = parse_slice(accelerator_type, topology_, int(slices_))
+    known = [chip.name for chip in CHIPS.values() if knows(chip)]
+    measured = measure(parse(flags), slice_) if slice_.chip.name in known else {"known": known}
+    Path(result).write_text(json.dumps(measured), encoding="utf-8")

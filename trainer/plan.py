@@ -1,0 +1,295 @@
+"""``python -m trainer.plan``: compile the training step for a TPU slice, without the TPU.
+
+    python -m trainer.plan --accelerator_type v5p-256 <the trainer's flags>
+
+The step is the one that training runs; libtpu's own compiler compiles it in a process apart. Prints
+a table and writes plan.json, and the table as plan.txt, into the directory of ``--output_dir``.
+
+Exit codes: 0 the step fits, 2 bad input, 3 it does not fit the memory, 4 it does not compile.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trainer import metrics, program
+from trainer.arguments import Arguments, BadInput, check_devices, parse
+from trainer.tpu import GIB, Slice, parse_slice
+
+FITS, BAD_INPUT, DOES_NOT_FIT, DOES_NOT_COMPILE = 0, 2, 3, 4
+KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, that the modelled Pallas kernels reach
+# What a compiler that refuses says, and what to do about it
+REMEDIES = {
+    "Unsupported version: expected": "libtpu is older than the kernels that jax writes: install "
+    "the libtpu that the stack's lock file pins",
+    "memory space vmem": "a kernel's tiles are too large for the chip's VMEM: make TILE_BYTES in "
+    "trainer/grouped_matmul.py, or BLOCK in trainer/attention.py, smaller",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line ``argv``, without the program's name; return the exit code."""
+    try:
+        slice_, arguments, flags = read(argv)
+    except (BadInput, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    measured = measure(slice_, flags)
+    if "known" in measured:
+        libtpu = f"libtpu {importlib.metadata.version('libtpu')}"
+        known = ", ".join(measured["known"]) or "none that this project knows"
+        print(
+            f"error: {libtpu} does not know {slice_.chip.name}; the chips it does: {known}",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    plan = verdict(arguments, slice_, measured)
+    arguments.training.output_dir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(arguments.training.output_dir / "plan.json", plan)
+    text = table(plan)
+    (arguments.training.output_dir / "plan.txt").write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
+    if "error" not in measured:
+        return FITS if plan["fits"] else DOES_NOT_FIT
+    return DOES_NOT_FIT if plan["fits"] is False else DOES_NOT_COMPILE
+
+
+def read(argv: list[str]) -> tuple[Slice, Arguments, list[str]]:
+    """Return the slice, the trainer's arguments, and the trainer's flags as they were given.
+
+    Raises BadInput or ValueError for what cannot work on any slice or not on this one.
+    """
+    parser = _Parser(
+        prog="python -m trainer.plan", allow_abbrev=False, epilog="All others are the trainer's."
+    )
+    parser.add_argument("--accelerator_type", required=True, help="as v5p-256; or v5p")
+    parser.add_argument("--topology", default="", help="as 4x4x8; by default that of the type")
+    parser.add_argument("--slices", type=int, default=1, help="how many such slices")
+    options, flags = parser.parse_known_args(argv)
+    if options.slices < 1:
+        raise BadInput(f"--slices is {options.slices}; it must be at least 1")
+    slice_ = parse_slice(options.accelerator_type, options.topology, options.slices)
+    arguments = parse(flags)
+    check_devices(arguments, slice_.chips, slice_.slices, slice_.chip)
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise BadInput(
+            "there is no libtpu here, whose compiler the plan needs; run it in the trainer's image"
+        ) from None
+    return slice_, arguments, flags
+
+
+def measure(slice_: Slice, flags: list[str]) -> dict[str, Any]:
+    """Return what trainer.lowering measures, in a process that libtpu may end."""
+    with tempfile.TemporaryDirectory() as directory:
+        result, log = Path(directory, "result.json"), Path(directory, "log")
+        command = [
+            *(sys.executable, "-m", "trainer.lowering", str(result), slice_.chip.name),
+            *("x".join(map(str, slice_.topology)), str(slice_.slices), *flags),
+        ]
+        with log.open("wb") as output:
+            ended = subprocess.run(command, stdout=output, stderr=output, check=False)
+        if result.exists():
+            return json.loads(result.read_text(encoding="utf-8"))
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    how = f"signal {-ended.returncode}" if ended.returncode < 0 else f"code {ended.returncode}"
+    return {"error": "\n".join([f"the compiling process ended with {how}:", *lines[-15:]])}
+
+
+def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what plan.json says."""
+    config, block = arguments.config, arguments.data.block_size
+    batch, chip = arguments.training.global_batch, slice_.chip
+    plan = {
+        "accelerator_type": chip.accelerator_type(slice_.chips // slice_.slices),
+        "topology": "x".join(map(str, slice_.topology)),
+        "slices": slice_.slices,
+        "chip": chip.name,
+        "chips": slice_.chips,
+        "model": config.get("_name_or_path") or str(arguments.model.config_name),
+        "experts": arguments.model.experts_mode,
+        "flash_attention": arguments.model.flash_attention,
+        "spmd_2d_sharding": arguments.model.spmd_2d_sharding,
+        "global_batch": batch,
+        "block_size": block,
+        "model_flops": metrics.flops_per_token(config, block) * batch * block / slice_.chips,
+        "trace_seconds": measured.get("trace_seconds"),
+        "compile_seconds": measured.get("compile_seconds"),
+        "fits": None,
+    }
+    if used := measured.get("hbm_bytes"):
+        plan["fits"] = "error" not in measured and used <= chip.hbm_bytes
+        state = measured["weight_bytes"], measured["optimizer_bytes"]
+        code = measured.get("program_bytes", 0)
+        sizes = (*state, used - sum(state) - code, code, used, chip.hbm_bytes)
+        names = ("weights", "optimizer", "temporaries", "program", "total", "limit")
+        plan["hbm_per_chip_gib"] = {
+            name: round(size / GIB, 3) for name, size in zip(names, sizes, strict=True)
+        }
+        if not plan["fits"]:
+            plan["what_to_change"] = smaller(arguments, slice_, used - code, sum(state))
+    if "error" in measured:
+        plan["error"] = measured["error"]
+        remedy = [text for sign, text in REMEDIES.items() if sign in measured["error"]]
+        if plan["fits"] is None and remedy:
+            plan["what_to_change"] = remedy
+        return plan
+    kernels = [program.Kernel(**kernel) for kernel in measured["kernels"]]
+    collectives = [program.Collective(**one) for one in measured["collectives"]]
+    flops: dict[int, float] = defaultdict(float)
+    for kernel in kernels:
+        flops[kernel.loop] += kernel.flops * kernel.times
+    for loop, count in measured["products"].items():
+        flops[int(loop)] += count
+    recomputes = arguments.fsdp.activation_checkpointing
+    plan |= {
+        "flops_per_chip": sum(flops.values()),
+        # Every second loop is backward's, which runs once more what the one before it has.
+        "recomputed_flops_per_chip": sum(flops[loop] for loop in flops if loop % 2 and recomputes),
+        "collectives": list(program.summary(collectives)),
+        "pallas_calls": measured["pallas_calls"],
+        "rematerialised_by_compiler": measured["rematerialised"],
+    }
+    cycles = {int(loop): count for loop, count in measured["cycles"].items()}
+    modelled = [
+        model_time(slice_, kernels, collectives, cycles, plan["model_flops"], efficiency)
+        for efficiency in KERNEL_EFFICIENCIES
+    ]
+    plan["modelled"] = modelled[0] | {"with_kernels_at_75_percent": modelled[1]}
+    return plan
+
+
+def model_time(
+    slice_: Slice,
+    kernels: list[program.Kernel],
+    collectives: list[program.Collective],
+    cycles: dict[int, float],
+    model_flops: float,
+    efficiency: float,
+) -> dict[str, float]:
+    """Return the modelled step time in seconds, one after the other and overlapped, and the MFU.
+
+    docs/plan.md has the formula. Overlapped means that in each loop over the layers, and in what is
+    outside, the shorter of computation and communication hides behind the longer.
+    """
+    chip = slice_.chip
+    computing: dict[int, float] = defaultdict(float)
+    moving: dict[int, float] = defaultdict(float)
+    for loop, count in cycles.items():
+        computing[loop] += count / chip.clock_hz
+    for one in kernels:
+        at_peak = one.flops / (chip.peak_bf16_flops * efficiency)
+        computing[one.loop] += one.times * max(at_peak, one.bytes / chip.hbm_bytes_per_s)
+    for one in collectives:
+        moving[one.loop] += one.times * program.seconds(one, slice_)
+    overlapped = sum(max(computing[loop], moving[loop]) for loop in {*computing, *moving})
+    return {
+        "step_time_s": sum(computing.values()) + sum(moving.values()),
+        "step_time_overlapped_s": overlapped,
+        "computing_s": sum(computing.values()),
+        "collectives_s": sum(moving.values()),
+        "mfu": model_flops / (chip.peak_bf16_flops * overlapped),
+    }
+
+
+def smaller(arguments: Arguments, slice_: Slice, used: float, state: float) -> list[str]:
+    """Return what would fit, by proportion: state shrinks with the chips, the rest with the batch.
+
+    One layer's gathered weights and their gradients, whatever the batch, are left a tenth of HBM.
+    """
+    batch, chip = arguments.training.per_device_train_batch_size, slice_.chip
+    room = 0.9 * chip.hbm_bytes
+    rows = slice_.chips // arguments.model.tensor_devices
+    per_sequence = (used - state) / (batch / rows)
+    fitting = int((room - state) // per_sequence) * rows
+    changes = []
+    if 0 < fitting < batch:
+        changes.append(
+            f"--per_device_train_batch_size {fitting} should fit this slice (by proportion; not "
+            "compiled)"
+        )
+    for chips in (count for count in chip.slice_chips if count * slice_.slices > slice_.chips):
+        share = slice_.chips / (chips * slice_.slices)
+        try:
+            check_devices(arguments, chips * slice_.slices, slice_.slices, chip)
+        except BadInput:
+            continue
+        if used * share <= room:
+            name = chip.accelerator_type(chips)
+            changes.append(f"{name} should hold this batch (by proportion; not compiled)")
+            break
+    if not arguments.fsdp.activation_checkpointing:
+        changes.append("xla_fsdp_grad_ckpt in fsdp_config.json recomputes what it does not keep")
+    return changes or ["no slice of this chip holds this batch: take a smaller one"]
+
+
+def table(plan: dict[str, Any]) -> str:
+    """Return ``plan`` for a person."""
+    rows = [*_asked(plan), *_memory(plan), *_work(plan)]
+    if plan["compile_seconds"]:
+        took = f"{plan['trace_seconds']:.1f} s, compiled in {plan['compile_seconds']:.0f} s"
+        rows.append(("traced in", took))
+    if plan["fits"] is None:
+        rows.append(("error", plan["error"][:2000]))
+    rows += [("change", text) for text in plan.get("what_to_change", ())]
+    said = {True: "fits", False: "DOES NOT FIT", None: "DOES NOT COMPILE"}[plan["fits"]]
+    return "\n".join([f"PLAN: {said}", *(f"  {name:16} {text}" for name, text in rows)])
+
+
+Row = tuple[str, str]
+
+
+def _asked(plan: dict[str, Any]) -> Iterator[Row]:
+    count = f"{plan['slices']} x " if plan["slices"] > 1 else ""
+    name = f"{count}{plan['accelerator_type']} ({plan['topology']})"
+    yield "slice", f"{name}, {plan['chips']} chips"
+    yield "model", f"{plan['model']}, experts {plan['experts']}"
+    yield "batch", f"{plan['global_batch']} sequences of {plan['block_size']} tokens"
+
+
+def _memory(plan: dict[str, Any]) -> Iterator[Row]:
+    if memory := plan.get("hbm_per_chip_gib"):
+        yield "HBM per chip", f"{memory['total']:.2f} of {memory['limit']:.0f} GiB"
+        for name in ("weights", "optimizer", "temporaries", "program"):
+            yield "", f"{memory[name]:6.2f} {name}"
+
+
+def _work(plan: dict[str, Any]) -> Iterator[Row]:
+    if "modelled" not in plan:
+        return
+    ratio = plan["flops_per_chip"] / plan["model_flops"]
+    again = plan["recomputed_flops_per_chip"] / plan["model_flops"]
+    yield "FLOPs per chip", f"{plan['flops_per_chip'] / 1e12:,.1f} T, {ratio:.3f}x the model's own"
+    yield "", f"{again:.3f}x recomputed, {ratio - again:.3f}x all else"
+    yield "Pallas calls", str(plan["pallas_calls"])
+    yield "rematerialised", f"{plan['rematerialised_by_compiler']} instructions, by the compiler"
+    for one in plan["collectives"]:
+        where = "in the layers" if one["in_layers"] else "outside"
+        size = f"{one['bytes_per_chip'] / GIB:9.3f} GiB"
+        yield "collectives", f"{one['count']:5} {one['kind']:14} {one['moves']:11} {size} {where}"
+    modelled = plan["modelled"]
+    for name, times in (
+        ("modelled step", modelled),
+        ("kernels at 75 %", modelled["with_kernels_at_75_percent"]),
+    ):
+        both = f"{times['step_time_overlapped_s']:.2f} s, {times['step_time_s']:.2f} s if nothing"
+        yield name, f"{both} overlaps; MFU {times['mfu']:.1%} (modelled, not measured)"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""Weights in and out, as Hugging Face's safetensors have them.
+
+Two layouts can be read: transformers' own names, where ``mlp.experts.gate_up_proj [E, 2I, H]`` and
+``down_proj [E, H, I]`` hold all experts, and the published one, where every expert has its ``w1``,
+``w3 [I, H]`` and ``w2 [H, I]`` below ``block_sparse_moe.experts``. The published one is written, as
+transformers does; it reads both. Host memory holds one parameter at a time.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch_xla.runtime as xr
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from trainer import hub
+from trainer.flags import BadInput
+
+# The published layout's names for what one expert has in each of its two parameters
+EXPERT_PARTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+FILE_BYTES = 2 * 2**30  # of one written file, unless a single tensor has more
+
+
+def fetch(name_or_path: str, cache_dir: Path | None) -> Path:
+    """Return the directory of a model, downloaded if it is a name on the hub; raises BadInput."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    with hub.loading(
+        "model", name_or_path, "it is no directory here; check the name", "a directory needs no hub"
+    ):
+        return Path(
+            snapshot_download(
+                name_or_path,
+                cache_dir=cache_dir,
+                allow_patterns=["config.json", SAFE_WEIGHTS_INDEX_NAME, "model*.safetensors"],
+            )
+        )
+
+
+class Weights:
+    """The safetensors of one model directory, read tensor by tensor.
+
+    Raises BadInput, also from :meth:`read`, for a file or a tensor that is missing or not as the
+    model has it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        index, single = directory / SAFE_WEIGHTS_INDEX_NAME, directory / SAFE_WEIGHTS_NAME
+        if single.is_file():
+            self._files = dict.fromkeys(self._keys(single), single)
+        elif index.is_file():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise BadInput(
+                    f"{index} is no index of weights: {error!r}; fetch it again"
+                ) from error
+            self._files = {name: directory / file for name, file in names.items()}
+            for file in sorted(set(self._files.values())):
+                if not file.is_file():
+                    raise BadInput(f"{file} is missing, which {index.name} names; fetch it")
+        else:
+            raise BadInput(
+                f"{directory} has neither {index.name} nor {single.name}; give the directory of a "
+                "model in Hugging Face's safetensors format"
+            )
+
+    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return the parameter ``name`` on the host, in ``shape`` and the type it is stored in.
+
+        The shape is the trainer's: ``gate_up_proj`` is ``[E, 2, I, H]``.
+        """
+        module, _, last = name.rpartition(".")
+        if name in self._files:
+            if last == "gate_up_proj":
+                experts, two, inner, width = shape
+                return self._tensor(name, torch.Size((experts, two * inner, width))).view(shape)
+            return self._tensor(name, shape)
+        module = module.replace(".mlp", ".block_sparse_moe")
+        if last not in EXPERT_PARTS:
+            return self._tensor(f"{module}.{last}", shape)
+        whole = None
+        for expert in range(shape[0]):
+            for index, part in enumerate(parts := EXPERT_PARTS[last]):
+                tensor = self._tensor(f"{module}.{expert}.{part}.weight", shape[-2:])
+                whole = torch.empty(shape, dtype=tensor.dtype) if whole is None else whole
+                whole.view(shape[0], len(parts), *shape[-2:])[expert, index] = tensor
+        return whole
+
+    def _tensor(self, key: str, shape: torch.Size) -> torch.Tensor:
+        if key not in self._files:
+            raise BadInput(
+                f"{self.directory} has no tensor {key}, which the model of this config has; check "
+                "that config and weights belong together"
+            )
+        file = self._files[key]
+        try:
+            # Opened anew for each: what is mapped of a file stays in memory until it is closed.
+            with safe_open(file, framework="pt") as opened:
+                tensor = opened.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{file}: {key} cannot be read: {error}; fetch it again") from error
+        if tensor.shape != shape:
+            raise BadInput(
+                f"{file}: {key} is {list(tensor.shape)}, but the config makes it {list(shape)}; "
+                "check that config and weights belong together"
+            )
+        return tensor
+
+    def _keys(self, file: Path) -> list[str]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{file} cannot be read: {error}; fetch it again") from error
+
+
+def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write what ``MixtralForCausalLM.from_pretrained(directory)`` and ``AutoTokenizer`` load.
+
+    A model that is there is replaced. The first host writes; all of them must call this, because
+    each gives its shards.
+    """
+    tensors = _published(model)
+    if xr.process_index() > 0:
+        deque(tensors, maxlen=0)
+        return
+    for old in (
+        *directory.glob("model*.safetensors"),
+        *directory.glob(".model-*.safetensors"),
+        directory / SAFE_WEIGHTS_INDEX_NAME,
+    ):
+        old.unlink(missing_ok=True)
+    files: list[Path] = []
+    weight_map: dict[str, Path] = {}
+    buffer: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        files.append(directory / f".model-{len(files) + 1:05}.safetensors")
+        save_file(buffer, files[-1], {"format": "pt"})
+        files[-1].chmod(0o644)  # safetensors makes it its owner's alone
+        weight_map.update(dict.fromkeys(buffer, files[-1]))
+        buffer.clear()
+
+    for name, tensor in tensors:
+        if buffer and sum(t.nbytes for t in buffer.values()) + tensor.nbytes > FILE_BYTES:
+            flush()
+        buffer[name] = tensor
+        total += tensor.nbytes
+    flush()
+    final = {
+        file: f"model-{number:05}-of-{len(files):05}.safetensors"
+        for number, file in enumerate(files, 1)
+    }
+    for file, name in final.items():
+        file.rename(directory / name)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: final[file] for name, file in weight_map.items()},
+    }
+    (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _published(model: MixtralForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the model's parameters on the host, in the published layout."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().cpu()
+        module, _, last = name.replace(".mlp", ".block_sparse_moe").rpartition(".")
+        if parts := EXPERT_PARTS.get(last):
+            for expert, weights in enumerate(
+                tensor.view(len(tensor), len(parts), *tensor.shape[-2:])
+            ):
+                for part, weight in zip(parts, weights, strict=True):
+                    yield f"{module}.{expert}.{part}.weight", weight
+        else:
+            yield f"{module}.{last}", tensor
