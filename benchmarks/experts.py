@@ -56,6 +56,8 @@ def passes(name: str, device: str, size: tuple[int, int, int]) -> Callable[[], N
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     target = torch_xla.device() if device == "xla" else torch.device("cpu")
+    if name in experts.MODES:
+        experts.lay_out(module)
     module = module.to(target)
     x = torch.randn(tokens, hidden, generator=generator).to(target).requires_grad_()
     leaves = [x, *module.parameters()]

@@ -1,25 +1,39 @@
 """What the plan says of Mixtral 8x7B on whole slices: inside the trainer's image, without a TPU.
 
     docker run --rm --volume "$PWD:/src:ro" --workdir /src --entrypoint python \\
-        mixtral-trainer:release benchmarks/plan.py [v5p-256=1024 v6e-256=1024 ...]
+        mixtral-trainer:release -m benchmarks.plan [slices|smallest|guide] [--model mixtral-8x22b]
 
-Each argument is an accelerator type and a global batch, in sequences of 4096 tokens. Printed are,
-as rows of a table: memory; the bytes that the layers' collectives move over those that FSDP has to
-(every weight in for forward and for backward, every gradient out once); what share of them are
+``slices``: a full batch on v5p-256, v6e-256, v5e-256 and v4-128, in sequences of 4096 tokens. The
+rows of the table are memory; the bytes that the layers' collectives move over those that FSDP has
+to (every weight in for forward and for backward, every gradient out once); what share of them are
 all-gathers and reduce-scatters; FLOPs over the model's own, with and without what is recomputed;
-and the modelled step, with Pallas kernels at the chip's peak and at 75 % of it. Some minutes each.
+and the modelled step, with Pallas kernels at the chip's peak and at 75 % of it.
+
+``smallest``: the guide's own configuration, 32 sequences of 4096 tokens, on the smallest slice of
+each generation that holds it, found by trying.
+
+``guide``: the step on v5p-256 beside the guide's formulation of it (benchmarks/guide.py), of which
+each layer is compiled anew: from two and from four layers follow all 32.
+
+Without a word all three, some minutes each.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from trainer import lowering, plan
+from trainer.tpu import CHIPS, Slice, parse_slice, topology_of
+
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "trainer/presets/mixtral-8x7b.json"
+PRESETS = ROOT / "trainer/presets"
 BLOCK = 4096
+GUIDE_BATCH = 32
+SLICES = {"v5p-256": 1024, "v6e-256": 1024, "v5e-256": 256, "v4-128": 256}
 # Published for this job, measured (docs/plan.md)
 MEASURED = {"v5p-256": "39 %", "v6e-256": "29.6 %"}
 HEAD = (
@@ -32,41 +46,57 @@ HEAD = (
     "step",
     "MFU",
     "MFU at 75 %",
-    "traced, compiled",
+    "traced, compiled, on the host",
     "measured elsewhere",
 )
 
 
-def plan(accelerator_type: str, batch: int) -> dict:
-    """Return plan.json of the guide's flags with another batch."""
+def planned(slice_: Slice, batch: int, model: str, *, layers: int = 0, guide: bool = False) -> dict:
+    """Return plan.json of the guide's flags with another batch, with fewer layers where given."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [
-            *(sys.executable, "-m", "trainer.plan", "--accelerator_type", accelerator_type),
-            *("--do_train", "--output_dir", directory, "--config_name", str(CONFIG), "--gmm"),
+        config = json.loads((PRESETS / f"{model}.json").read_text(encoding="utf-8"))
+        config["num_hidden_layers"] = layers or config["num_hidden_layers"]
+        config_file, result = Path(directory, "config.json"), Path(directory, "result.json")
+        config_file.write_text(json.dumps(config), encoding="utf-8")
+        flags = [
+            *("--do_train", "--output_dir", directory, "--config_name", str(config_file), "--gmm"),
             *("--dataset_name", "python-help", "--block_size", str(BLOCK), "--flash_attention"),
             *("--per_device_train_batch_size", str(batch), "--torch_dtype", "bfloat16"),
-            *("--fsdp_config", str(CONFIG.with_name("fsdp_config.json")), "--fsdp", "full_shard"),
+            *("--fsdp_config", str(PRESETS / "fsdp_config.json"), "--fsdp", "full_shard"),
         ]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        written = Path(directory, "plan.json")
-        if not written.exists():
-            raise SystemExit(f"{accelerator_type}: {done.stdout}{done.stderr}")
-        return json.loads(written.read_text(encoding="utf-8"))
+        shape = "x".join(map(str, slice_.topology))
+        command = [
+            *(sys.executable, "-m", "benchmarks.guide" if guide else "trainer.lowering"),
+            *(str(result), slice_.chip.name, shape, "1", *flags),
+        ]
+        environment = os.environ | lowering.ENVIRONMENT
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        if not result.exists():
+            raise SystemExit(f"{slice_}: {done.stdout}{done.stderr}")
+        named = ["--accelerator_type", slice_.chip.name, "--topology", shape, *flags]
+        arguments = plan.read(named)[1]
+        return plan.verdict(arguments, slice_, json.loads(result.read_text(encoding="utf-8")))
 
 
-def row(found: dict) -> list[str]:
+def layer_parameters(config: dict) -> int:
+    """Return the parameters of one layer."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kept = hidden // heads * config["num_key_value_heads"]
+    experts = config["num_local_experts"] * (3 * hidden * config["intermediate_size"] + hidden)
+    return experts + 2 * hidden * (hidden + kept) + 2 * hidden
+
+
+def row(found: dict, config: dict) -> list[str]:
     """Return the cells of one plan."""
     memory = found.get("hbm_per_chip_gib", {})
     used = f"{memory['total']:.1f} of {memory['limit']:.0f} GiB" if memory else "–"
     name = f"{found['accelerator_type']}, {found['global_batch']}"
     if not found["fits"]:
         return [name, f"**{used}**" if memory else "does not compile", *[""] * (len(HEAD) - 2)]
-    config = json.loads(CONFIG.read_text(encoding="utf-8"))
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    kept = hidden // heads * config["num_key_value_heads"]
-    layer = config["num_local_experts"] * (3 * hidden * config["intermediate_size"] + hidden)
-    layer += 2 * hidden * (hidden + kept) + 2 * hidden
-    least = 3 * 2 * layer * config["num_hidden_layers"] * (1 - 1 / found["chips"])
+    each_way = 2 * layer_parameters(config) * config["num_hidden_layers"]
+    least = 3 * each_way * (1 - 1 / found["chips"])
     inside = [one for one in found["collectives"] if one["in_layers"]]
     moved = sum(one["bytes_per_chip"] for one in inside)
     plain = sum(
@@ -90,20 +120,78 @@ def row(found: dict) -> list[str]:
         f"{times['step_time_overlapped_s']:.2f} s, {times['step_time_s']:.2f} s",
         f"{times['mfu']:.1%}",
         f"{times['with_kernels_at_75_percent']['mfu']:.1%}",
-        f"{found['trace_seconds']:.1f} s, {found['compile_seconds']:.0f} s",
+        f"{found['trace_seconds']:.1f} s, {found['compile_seconds']:.0f} s, "
+        f"{found['compiler_memory_gib']:.1f} GiB",
         MEASURED.get(found["accelerator_type"], "–"),
     ]
 
 
+def print_row(cells: list[str]) -> None:
+    """Print one row of a table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def print_slices(model: str, config: dict) -> None:
+    """Print a full batch on large slices."""
+    print_row(list(HEAD))
+    print_row(["---"] * len(HEAD))
+    for name, batch in SLICES.items():
+        print_row(row(planned(parse_slice(name), batch, model), config))
+
+
+def print_smallest(model: str, config: dict) -> None:
+    """Print the guide's configuration on the smallest slice of each chip that holds it."""
+    head = ("smallest slice", "HBM per chip", "modelled step", "tokens/s per chip", "MFU")
+    print_row(list(head))
+    print_row(["---"] * len(head))
+    weights = 2 * layer_parameters(config) * config["num_hidden_layers"]
+    for chip in CHIPS.values():
+        for chips in chip.slice_chips:
+            if GUIDE_BATCH % chips or 2 * weights > chips * chip.hbm_bytes:  # with the gradients
+                continue
+            found = planned(Slice(chip, topology_of(chip, chips)), GUIDE_BATCH, model)
+            if found["fits"]:
+                memory, step = found["hbm_per_chip_gib"], found["modelled"]
+                seconds = step["step_time_overlapped_s"]
+                used = f"{memory['total']:.1f} of {memory['limit']:.0f} GiB"
+                tokens = GUIDE_BATCH * BLOCK / seconds / chips
+                name = found["accelerator_type"]
+                print_row([name, used, f"{seconds:.2f} s", f"{tokens:,.0f}", f"{step['mfu']:.0%}"])
+                break
+        else:
+            print_row([chip.name, "no slice that 32 sequences divide over", *[""] * 3])
+
+
+def print_guide(model: str, config: dict) -> None:
+    """Print the step beside the guide's formulation of it, on v5p-256."""
+    slice_, batch, layers = parse_slice("v5p-256"), 1024, config["num_hidden_layers"]
+    two, four = (planned(slice_, batch, model, layers=n, guide=True)["modelled"] for n in (2, 4))
+    ours = planned(slice_, batch, model)["modelled"]
+    head = ("modelled, in seconds", "computing", "collectives", "step, overlapped", "step, not")
+    names = ("computing_s", "collectives_s", "step_time_overlapped_s", "step_time_s")
+    print_row(list(head))
+    print_row(["---"] * len(head))
+    theirs = [two[name] + (four[name] - two[name]) / 2 * (layers - 2) for name in names]
+    mine = [ours[name] for name in names]
+    print_row(["the guide's formulation", *(f"{value:.2f}" for value in theirs)])
+    print_row(["the trainer's", *(f"{value:.2f}" for value in mine)])
+    ratios = (a / b for a, b in zip(theirs, mine, strict=True))
+    print_row(["ratio", *(f"{ratio:.2f}×" for ratio in ratios)])
+
+
+PARTS = {"slices": print_slices, "smallest": print_smallest, "guide": print_guide}
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    default = ["v5p-256=1024", "v6e-256=1024", "v5e-256=256", "v4-128=256"]
-    parser.add_argument("slices", nargs="*", default=default, metavar="TYPE=BATCH")
-    print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
-    for text in parser.parse_args().slices:
-        accelerator_type, _, batch = text.partition("=")
-        print(f"| {' | '.join(row(plan(accelerator_type, int(batch))))} |", flush=True)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="|".join(PARTS))
+    parser.add_argument("--model", default="mixtral-8x7b")
+    options = parser.parse_args()
+    config = json.loads((PRESETS / f"{options.model}.json").read_text(encoding="utf-8"))
+    for part in options.parts:
+        print(f"\n{PARTS[part].__doc__}\n", flush=True)
+        PARTS[part](options.model, config)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 Each has the signature of transformers' experts interface, ``fn(module, hidden, index, weights)``:
 hidden ``[N, H]``, the top-k experts of every token ``[N, k]`` (int64) and their weights ``[N, k]``
 (fp32), result ``[N, H]`` in hidden's dtype. ``module`` is transformers' ``MixtralExperts`` with
-``gate_up_proj [E, 2I, H]`` and ``down_proj [E, H, I]``. Where the mesh splits ``I`` over its axis
-``tensor``, each device computes with its part of every expert, and the parts' results are summed.
+the parameters that :func:`lay_out` gives it. Where the mesh splits ``I`` over its axis ``tensor``,
+each device computes with its part of every expert, and the parts' results are summed.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from trainer.grouped_matmul import grouped_matmul, kernel
 from trainer.sharding import combine, spread
@@ -30,6 +31,20 @@ def register() -> None:
     """Make the three modes known to transformers as ``experts_implementation``."""
     for name, function in (("gmm", gmm), ("gmm_stack", gmm_stack), ("static", static)):
         ALL_EXPERTS_FUNCTIONS.register(name, _split(function))
+
+
+def lay_out(module: MixtralExperts) -> None:
+    """Give transformers' experts ``gate_proj``, ``up_proj`` and ``down_proj``, each ``[E, H, I]``.
+
+    transformers has the first two as one, ``gate_up_proj [E, 2I, H]``. Split on H, which is not the
+    last dimension, a weight is gathered into the layout that the kernels want; split on the last
+    one, every device would have to copy all of it once more.
+    """
+    gate_EIH, up_EIH = module.gate_up_proj.data.chunk(2, dim=1)
+    projections = {"gate_proj": gate_EIH.mT, "up_proj": up_EIH.mT, "down_proj": module.down_proj}
+    del module.gate_up_proj, module.down_proj
+    for name, weight in projections.items():
+        setattr(module, name, torch.nn.Parameter(weight.data.contiguous()))
 
 
 def _split(function):
@@ -94,12 +109,15 @@ def kernel_of(mode: str) -> str:
 
 def gmm(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
     """Grouped products over the tokens sorted by expert. See the module's docstring."""
-    return _grouped(module, hidden_NH, index_NK, weights_NK, _fused_feed_forward)
+    projections = module.gate_proj, module.up_proj, module.down_proj
+    return _grouped(module, projections, hidden_NH, index_NK, weights_NK)
 
 
 def gmm_stack(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
-    """As :func:`gmm`, from separate gate, up and down weights of each expert, stacked anew."""
-    return _grouped(module, hidden_NH, index_NK, weights_NK, _stacked_feed_forward)
+    """As :func:`gmm`, from separate weights of each expert, stacked anew."""
+    projections = module.gate_proj, module.up_proj, module.down_proj
+    stacked = [torch.stack(weight.unbind()) for weight in projections]
+    return _grouped(module, stacked, hidden_NH, index_NK, weights_NK)
 
 
 def static(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
@@ -109,47 +127,63 @@ def static(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: 
     weights_NE = (weights_NK.unsqueeze(-1) * one_hot_NKE).sum(1).to(hidden_NH.dtype)
     out_NH = torch.zeros_like(hidden_NH)
     for expert in range(module.num_experts):
-        gate, up = F.linear(hidden_NH, module.gate_up_proj[expert]).chunk(2, dim=-1)
-        expert_NH = F.linear(module.act_fn(gate) * up, module.down_proj[expert])
+        gate_NI, up_NI = hidden_NH @ module.gate_proj[expert], hidden_NH @ module.up_proj[expert]
+        expert_NH = F.linear(module.act_fn(gate_NI) * up_NI, module.down_proj[expert])
         out_NH = out_NH + expert_NH * weights_NE[:, expert, None]
     return out_NH
 
 
-def _grouped(module, hidden_NH, index_NK, weights_NK, feed_forward):
+def _grouped(module, projections, hidden_NH, index_NK, weights_NK):
+    gate_EHI, up_EHI, down_EHI = projections
     tokens, k = index_NK.shape
     experts_M = index_NK.reshape(-1)  # M = N·k rows, one for each token and chosen expert
     order_M = torch.argsort(experts_M, stable=True)
-    inverse_M = torch.argsort(order_M)
+    place_M = torch.argsort(order_M)  # where each of them is, sorted by expert
     sizes_E = F.one_hot(experts_M, module.num_experts).sum(0).to(torch.int32)
 
-    rows_MH = hidden_NH.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, -1)
-    rows_MH = _Permute.apply(rows_MH, order_M, inverse_M)
-    rows_MH = feed_forward(module, rows_MH, sizes_E)
-    rows_NKH = _Permute.apply(rows_MH, inverse_M, order_M).reshape(tokens, k, -1)
-    return (rows_NKH * weights_NK.to(rows_NKH.dtype).unsqueeze(-1)).sum(1)
+    routes = order_M // k, place_M.reshape(tokens, k)
+    # Twice, which is one gather: backward then sums both products' gradients while gathering them.
+    rows_MH, same_MH = _Dispatch.apply(hidden_NH, *routes), _Dispatch.apply(hidden_NH, *routes)
+    weights_M = _Dispatch.apply(weights_NK.reshape(-1), order_M, place_M.unsqueeze(1))
+    gate_MI = grouped_matmul(rows_MH, gate_EHI, sizes_E)
+    up_MI = grouped_matmul(same_MH, up_EHI, sizes_E)
+    # Weighted before the last product, which is linear: no gradient needs its result, so a
+    # recomputing backward does not compute it again.
+    inner_MI = module.act_fn(gate_MI) * up_MI * weights_M.to(up_MI.dtype).unsqueeze(1)
+    rows_MH = grouped_matmul(inner_MI, down_EHI, sizes_E, transpose_rhs=True)
+    return _Collect.apply(rows_MH, *routes)
 
 
-def _fused_feed_forward(module, rows_MH, sizes_E):
-    gate, up = grouped_matmul(rows_MH, module.gate_up_proj, sizes_E).chunk(2, dim=-1)
-    return grouped_matmul(module.act_fn(gate) * up, module.down_proj, sizes_E)
+class _Dispatch(torch.autograd.Function):
+    """Rows for the experts: ``out[m] = x[source[m]]``; ``places [N, k]`` is where x[n] has gone.
 
-
-def _stacked_feed_forward(module, rows_MH, sizes_E):
-    gates, ups = zip(*(weight.chunk(2, dim=0) for weight in module.gate_up_proj), strict=True)
-    gate = grouped_matmul(rows_MH, torch.stack(gates), sizes_E)
-    up = grouped_matmul(rows_MH, torch.stack(ups), sizes_E)
-    return grouped_matmul(module.act_fn(gate) * up, torch.stack(list(module.down_proj)), sizes_E)
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is a gather too, where autograd would scatter and add."""
+    With it the gradient is a sum of gathers too, where autograd would scatter and add.
+    """
 
     @staticmethod
-    def forward(ctx, rows_MH, order_M, inverse_M):
-        ctx.save_for_backward(inverse_M)
-        return rows_MH[order_M]
+    def forward(ctx, x, source_M, places_NK):
+        ctx.save_for_backward(places_NK)
+        return x[source_M]
 
     @staticmethod
-    def backward(ctx, gradient_MH):
-        (inverse_M,) = ctx.saved_tensors
-        return gradient_MH[inverse_M], None, None
+    def backward(ctx, gradient):
+        (places_NK,) = ctx.saved_tensors
+        return _sum_from(gradient, places_NK), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """What :class:`_Dispatch` has sent out, summed where it came from: its transpose."""
+
+    @staticmethod
+    def forward(ctx, rows, source_M, places_NK):
+        ctx.save_for_backward(source_M)
+        return _sum_from(rows, places_NK)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (source_M,) = ctx.saved_tensors
+        return gradient[source_M], None, None
+
+
+def _sum_from(rows: torch.Tensor, places_NK: torch.Tensor) -> torch.Tensor:
+    return functools.reduce(torch.add, (rows[places_N] for places_N in places_NK.unbind(1)))

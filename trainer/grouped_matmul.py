@@ -28,34 +28,39 @@ def kernel() -> str:
     return "pallas_megablox" if xr.device_type() == "TPU" else "grouped_loop"
 
 
-def grouped_matmul(lhs_MK: torch.Tensor, rhs_GNK: torch.Tensor, group_sizes_G: torch.Tensor):
-    """Multiply every group of rows with its own matrix: ``out[m] = lhs[m] @ rhs[group(m)].T``.
+def grouped_matmul(
+    lhs_MK: torch.Tensor,
+    rhs_GKN: torch.Tensor,
+    group_sizes_G: torch.Tensor,
+    *,
+    transpose_rhs: bool = False,
+) -> torch.Tensor:
+    """Multiply every group of rows with its own matrix: ``out[m] = lhs[m] @ rhs[group(m)]``.
 
     Args:
         lhs_MK: rows sorted by group, floating point.
-        rhs_GNK: one matrix a group, in the layout of ``torch.nn.Linear``, same dtype as ``lhs_MK``.
+        rhs_GKN: one matrix a group, same dtype as ``lhs_MK``; ``[G, N, K]`` with transpose_rhs.
         group_sizes_G: int32, rows per group; sums to M.
 
     Returns:
-        ``[M, N]`` in the dtype of ``lhs_MK``. Differentiable in ``lhs_MK`` and ``rhs_GNK``.
+        ``[M, N]`` in the dtype of ``lhs_MK``. Differentiable in ``lhs_MK`` and ``rhs_GKN``.
     """
-    return _GroupedMatmul.apply(lhs_MK, rhs_GNK, group_sizes_G)
+    return _GroupedMatmul.apply(lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs)
 
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, lhs, rhs, sizes):
+    def forward(ctx, lhs, rhs, sizes, transpose_rhs):
         ctx.save_for_backward(lhs, rhs, sizes)
-        return _gmm(lhs, rhs, sizes, transpose_rhs=True)
+        ctx.transpose_rhs = transpose_rhs
+        return _gmm(lhs, rhs, sizes, transpose_rhs=transpose_rhs)
 
     @staticmethod
     def backward(ctx, gradient):
         lhs, rhs, sizes = ctx.saved_tensors
-        return (
-            _gmm(gradient, rhs, sizes, transpose_rhs=False),
-            _tgmm(gradient, lhs, sizes),
-            None,
-        )
+        pair = (gradient, lhs) if ctx.transpose_rhs else (lhs, gradient)
+        lhs_gradient = _gmm(gradient, rhs, sizes, transpose_rhs=not ctx.transpose_rhs)
+        return lhs_gradient, _tgmm(*pair, sizes), None, None
 
 
 def _gmm(lhs, rhs, sizes, *, transpose_rhs: bool):
@@ -68,7 +73,7 @@ def _gmm(lhs, rhs, sizes, *, transpose_rhs: bool):
 
 
 def _tgmm(lhs, rhs, sizes):
-    """``out[g] = lhs[rows of g].T @ rhs[rows of g]``, ``[M, N], [M, K] -> [G, N, K]``."""
+    """``out[g] = lhs[rows of g].T @ rhs[rows of g]``, ``[M, K], [M, N] -> [G, K, N]``."""
     if kernel() == "grouped_loop":
         return xb.call_jax(_loop_tgmm, (lhs, rhs, sizes))
     tiles = tiling(*lhs.shape, rhs.shape[1])

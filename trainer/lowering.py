@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ class Lowered:
     weight_bytes: int
     optimizer_bytes: int
     weights: frozenset[tuple[int, ...]]  # shapes, as a device has them after gathering
+    trace_seconds: float  # without importing
 
 
 def pretend_to_be(slice_: Slice) -> None:
@@ -76,6 +78,7 @@ def trace(arguments: Arguments, slice_: Slice) -> Lowered:
     from trainer import loop, model, sharding
     from trainer.optimizer import Adafactor
 
+    began = time.monotonic()
     tensor = arguments.model.tensor_devices
     sharding.make_mesh(slice_.chips, tensor=tensor, slices=slice_.slices)
     mixtral = model.build(
@@ -136,6 +139,7 @@ def trace(arguments: Arguments, slice_: Slice) -> Lowered:
         held(parameters, updated[: len(parameters)]),
         held(moments, updated[len(parameters) :]),
         frozenset(shapes),
+        time.monotonic() - began,
     )
 
 
@@ -231,13 +235,11 @@ def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
     The key ``error`` is there only in the latter case, and ``hbm_bytes`` then where HBM was what it
     lacked.
     """
-    began = time.monotonic()
     lowered = trace(arguments, slice_)
-    traced = time.monotonic()
     layers = arguments.config["num_hidden_layers"]
     kernels, products = program.lowered_work(lowered.module, layers, slice_.chips)
     result = {
-        "trace_seconds": traced - began,
+        "trace_seconds": lowered.trace_seconds,
         "weight_bytes": lowered.weight_bytes,
         "optimizer_bytes": lowered.optimizer_bytes,
         "kernels": [asdict(kernel) for kernel in kernels],
@@ -275,15 +277,22 @@ def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
         "program_bytes": memory.generated_code_size_in_bytes,
         "collectives": [asdict(one) for one in compiled.collectives(lowered.module, sizes)],
         "cycles": compiled.cycles(),
+        "unestimated_bytes": compiled.unestimated_bytes(),
         "pallas_calls": compiled.pallas_calls(),
         "rematerialised": compiled.rematerialised(),
+        "host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
-if __name__ == "__main__":
+def main(argv: list[str]) -> None:
+    """Run the command line ``argv``, without the program's name."""
     os.environ |= ENVIRONMENT
-    result, accelerator_type, topology_, slices_, *flags = sys.argv[1:]
-    slice_ = parse_slice(accelerator_type, topology_, int(slices_))
+    result, accelerator_type, topology_, slices, *flags = argv
+    slice_ = parse_slice(accelerator_type, topology_, int(slices))
     known = [chip.name for chip in CHIPS.values() if knows(chip)]
     measured = measure(parse(flags), slice_) if slice_.chip.name in known else {"known": known}
     Path(result).write_text(json.dumps(measured), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

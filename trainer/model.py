@@ -1,12 +1,9 @@
 """Mixtral for training: transformers' own layers, run as one scan in one manual region.
 
-Parameters stay per layer, under transformers' names. Inside a step they are stacked, the layers
-become the body of one XLA loop, and backward runs a second loop in reverse that recomputes each
-layer from its input. The program's size and compile time do not depend on the depth, and no layer's
-activations outlive the layer.
-
-One parameter has another shape than transformers': ``gate_up_proj`` is ``[E, 2, I, H]``, so that
-both of its halves can be split along ``I``.
+Parameters stay per layer, under transformers' names but for the experts' (``experts.lay_out``).
+Inside a step they are stacked, the layers become the body of one XLA loop, and backward runs a
+second loop in reverse that recomputes each layer from its input. The program's size and compile
+time do not depend on the depth, and no layer's activations outlive the layer.
 """
 
 from collections.abc import Callable
@@ -17,6 +14,7 @@ import torch_xla
 from torch.func import functional_call
 from torch_xla.experimental.scan import _scan_impl_flat
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from trainer import attention, experts
 from trainer.sharding import (
@@ -36,7 +34,6 @@ from trainer.sharding import (
     spread,
 )
 
-GATE_UP = "gate_up_proj"
 ROPE_SHARDING = (None, None, None)  # cos and sin, [1, T, D], whole on every device
 ROUTING_SHARDING = (None, BATCH_SHARDING[0], None)  # [layers, shards of the batch, 2E + 1]
 IGNORED = -100  # a target that is not predicted, for transformers as for PyTorch
@@ -60,8 +57,7 @@ def build(
             experts_implementation=experts_mode,
         )
     for layer in model.model.layers:
-        experts_ = layer.mlp.experts
-        setattr(experts_, GATE_UP, torch.nn.Parameter(experts_.gate_up_proj.unflatten(1, (2, -1))))
+        experts.lay_out(layer.mlp.experts)
         layer.self_attn.register_forward_pre_hook(_spread_input, with_kwargs=True)
         layer.self_attn.register_forward_hook(_combine_output)
     return model.train()
@@ -84,9 +80,13 @@ def initialize(model: MixtralForCausalLM, seed: int) -> None:
     """
     torch.manual_seed(seed)
     for prefix, module in model.named_modules():
-        module.to_empty(device="cpu", recurse=False)
-        model._init_weights(module)
-        for name, parameter in module.named_parameters(recurse=False):
+        fresh = module.to_empty(device="cpu", recurse=False)
+        if isinstance(module, MixtralExperts):
+            fresh = MixtralExperts(model.config).to(module.down_proj.dtype)
+        model._init_weights(fresh)
+        if isinstance(module, MixtralExperts):
+            experts.lay_out(fresh)
+        for name, parameter in list(fresh.named_parameters(recurse=False)):
             place(module, prefix, name, parameter.data)
         _place_buffers(module)
     model.tie_weights()
@@ -195,7 +195,6 @@ def decode(
         if segments:
             options["segment_ids"] = segments[0]
         weights = {n: gather(w, s) for n, w, s in zip(names, shards, specs, strict=True)}
-        weights = {n: w.flatten(1, 2) if n.endswith(GATE_UP) else w for n, w in weights.items()}
         with experts.routed(layers[0].mlp.gate) as outputs:
             out = functional_call(layers[0], weights, (hidden,), options)
         logits, _, index = outputs[0]

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from trainer import metrics, program
 from trainer.arguments import Arguments, BadInput, check_devices, parse
-from trainer.tpu import GIB, Slice, parse_slice
+from trainer.tpu import GIB, Chip, Slice, parse_slice, topology_of
 
 FITS, BAD_INPUT, DOES_NOT_FIT, DOES_NOT_COMPILE = 0, 2, 3, 4
 KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, that the modelled Pallas kernels reach
@@ -57,6 +57,9 @@ def main(argv: list[str]) -> int:
         )
         return BAD_INPUT
     plan = verdict(arguments, slice_, measured)
+    if plan["fits"] is False:
+        print(f"does not fit {slice_}; compiling what should", file=sys.stderr, flush=True)
+        plan["what_to_change"] = what_fits(arguments, slice_, flags, measured)
     arguments.training.output_dir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(arguments.training.output_dir / "plan.json", plan)
     text = table(plan)
@@ -129,10 +132,11 @@ def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> di
         "model_flops": metrics.flops_per_token(config, block) * batch * block / slice_.chips,
         "trace_seconds": measured.get("trace_seconds"),
         "compile_seconds": measured.get("compile_seconds"),
+        "compiler_memory_gib": round(measured.get("host_bytes", 0) / GIB, 2) or None,
         "fits": None,
     }
     if used := measured.get("hbm_bytes"):
-        plan["fits"] = "error" not in measured and used <= chip.hbm_bytes
+        plan["fits"] = fits(measured, chip)
         state = measured["weight_bytes"], measured["optimizer_bytes"]
         code = measured.get("program_bytes", 0)
         sizes = (*state, used - sum(state) - code, code, used, chip.hbm_bytes)
@@ -140,8 +144,6 @@ def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> di
         plan["hbm_per_chip_gib"] = {
             name: round(size / GIB, 3) for name, size in zip(names, sizes, strict=True)
         }
-        if not plan["fits"]:
-            plan["what_to_change"] = smaller(arguments, slice_, used - code, sum(state))
     if "error" in measured:
         plan["error"] = measured["error"]
         remedy = [text for sign, text in REMEDIES.items() if sign in measured["error"]]
@@ -150,23 +152,21 @@ def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> di
         return plan
     kernels = [program.Kernel(**kernel) for kernel in measured["kernels"]]
     collectives = [program.Collective(**one) for one in measured["collectives"]]
-    flops: dict[int, float] = defaultdict(float)
-    for kernel in kernels:
-        flops[kernel.loop] += kernel.flops * kernel.times
-    for loop, count in measured["products"].items():
-        flops[int(loop)] += count
-    recomputes = arguments.fsdp.activation_checkpointing
+    products = {int(loop): count for loop, count in measured["products"].items()}
     plan |= {
-        "flops_per_chip": sum(flops.values()),
-        # Every second loop is backward's, which runs once more what the one before it has.
-        "recomputed_flops_per_chip": sum(flops[loop] for loop in flops if loop % 2 and recomputes),
+        "flops_per_chip": sum(one.flops * one.times for one in kernels) + sum(products.values()),
+        "recomputed_flops_per_chip": program.recomputed(kernels, products),
         "collectives": list(program.summary(collectives)),
         "pallas_calls": measured["pallas_calls"],
         "rematerialised_by_compiler": measured["rematerialised"],
     }
-    cycles = {int(loop): count for loop, count in measured["cycles"].items()}
+    operations: dict[int, float] = defaultdict(float)  # seconds, but for kernels and collectives
+    for loop, count in measured["cycles"].items():
+        operations[int(loop)] += count / slice_.chip.clock_hz
+    for loop, count in measured["unestimated_bytes"].items():
+        operations[int(loop)] += count / slice_.chip.hbm_bytes_per_s
     modelled = [
-        model_time(slice_, kernels, collectives, cycles, plan["model_flops"], efficiency)
+        model_time(slice_, kernels, collectives, operations, plan["model_flops"], efficiency)
         for efficiency in KERNEL_EFFICIENCIES
     ]
     plan["modelled"] = modelled[0] | {"with_kernels_at_75_percent": modelled[1]}
@@ -177,20 +177,19 @@ def model_time(
     slice_: Slice,
     kernels: list[program.Kernel],
     collectives: list[program.Collective],
-    cycles: dict[int, float],
+    operations: dict[int, float],
     model_flops: float,
     efficiency: float,
 ) -> dict[str, float]:
     """Return the modelled step time in seconds, one after the other and overlapped, and the MFU.
 
-    docs/plan.md has the formula. Overlapped means that in each loop over the layers, and in what is
-    outside, the shorter of computation and communication hides behind the longer.
+    ``operations`` has the seconds of what is neither a kernel nor a collective, by the loop over
+    the layers. docs/plan.md has the formula. Overlapped means that in each of these loops, and in
+    what is outside, the shorter of computation and communication hides behind the longer.
     """
     chip = slice_.chip
-    computing: dict[int, float] = defaultdict(float)
+    computing = defaultdict(float, operations)
     moving: dict[int, float] = defaultdict(float)
-    for loop, count in cycles.items():
-        computing[loop] += count / chip.clock_hz
     for one in kernels:
         at_peak = one.flops / (chip.peak_bf16_flops * efficiency)
         computing[one.loop] += one.times * max(at_peak, one.bytes / chip.hbm_bytes_per_s)
@@ -206,35 +205,57 @@ def model_time(
     }
 
 
-def smaller(arguments: Arguments, slice_: Slice, used: float, state: float) -> list[str]:
-    """Return what would fit, by proportion: state shrinks with the chips, the rest with the batch.
+def what_fits(
+    arguments: Arguments, slice_: Slice, flags: list[str], measured: dict[str, Any]
+) -> list[str]:
+    """Return what to change, tried by compiling: a smaller batch, a larger slice.
 
-    One layer's gathered weights and their gradients, whatever the batch, are left a tenth of HBM.
+    Where to try first is known by proportion: a chip's state shrinks with the number of chips, what
+    else it holds with the batch. A tenth of HBM is to stay free, and two tries each have to do.
     """
     batch, chip = arguments.training.per_device_train_batch_size, slice_.chip
-    room = 0.9 * chip.hbm_bytes
     rows = slice_.chips // arguments.model.tensor_devices
-    per_sequence = (used - state) / (batch / rows)
-    fitting = int((room - state) // per_sequence) * rows
+    room = 0.9 * chip.hbm_bytes
     changes = []
-    if 0 < fitting < batch:
-        changes.append(
-            f"--per_device_train_batch_size {fitting} should fit this slice (by proportion; not "
-            "compiled)"
-        )
+    tried = measured
+    for _ in range(2):
+        state = tried["weight_bytes"] + tried["optimizer_bytes"]
+        used = tried["hbm_bytes"] - tried.get("program_bytes", 0)
+        batch = min(int((room - state) // ((used - state) / (batch / rows))) * rows, batch - rows)
+        if batch <= 0:
+            break
+        flag = f"--per_device_train_batch_size={batch}"
+        tried = measure(slice_, [*flags, flag])
+        if fits(tried, chip):
+            changes.append(f"{flag} fits this slice: {_of_hbm(tried['hbm_bytes'], chip)}")
+        if "hbm_bytes" not in tried or fits(tried, chip):
+            break
+    larger = []
+    used = measured["hbm_bytes"] - measured.get("program_bytes", 0)
     for chips in (count for count in chip.slice_chips if count * slice_.slices > slice_.chips):
-        share = slice_.chips / (chips * slice_.slices)
         try:
             check_devices(arguments, chips * slice_.slices, slice_.slices, chip)
         except BadInput:
             continue
-        if used * share <= room:
-            name = chip.accelerator_type(chips)
-            changes.append(f"{name} should hold this batch (by proportion; not compiled)")
+        if used * slice_.chips / (chips * slice_.slices) <= room:
+            larger.append(Slice(chip, topology_of(chip, chips), slice_.slices))
+    for other in larger[:2]:
+        tried = measure(other, flags)
+        if fits(tried, chip):
+            changes.append(f"{other} holds this batch: {_of_hbm(tried['hbm_bytes'], chip)}")
             break
     if not arguments.fsdp.activation_checkpointing:
         changes.append("xla_fsdp_grad_ckpt in fsdp_config.json recomputes what it does not keep")
-    return changes or ["no slice of this chip holds this batch: take a smaller one"]
+    return changes or [f"no slice of {chip.name} that was tried holds a batch near this one"]
+
+
+def fits(measured: dict[str, Any], chip: Chip) -> bool:
+    """Whether what trainer.lowering measured compiles and fits the memory of a chip."""
+    return "error" not in measured and measured["hbm_bytes"] <= chip.hbm_bytes
+
+
+def _of_hbm(used: float, chip: Chip) -> str:
+    return f"{used / GIB:.2f} of {chip.hbm_bytes / GIB:.0f} GiB"
 
 
 def table(plan: dict[str, Any]) -> str:
@@ -242,7 +263,7 @@ def table(plan: dict[str, Any]) -> str:
     rows = [*_asked(plan), *_memory(plan), *_work(plan)]
     if plan["compile_seconds"]:
         took = f"{plan['trace_seconds']:.1f} s, compiled in {plan['compile_seconds']:.0f} s"
-        rows.append(("traced in", took))
+        rows.append(("traced in", f"{took}, with {plan['compiler_memory_gib']} GiB on this host"))
     if plan["fits"] is None:
         rows.append(("error", plan["error"][:2000]))
     rows += [("change", text) for text in plan.get("what_to_change", ())]

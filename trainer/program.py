@@ -20,6 +20,7 @@ from trainer.tpu import Slice
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _PRODUCTS = ("stablehlo.dot", "stablehlo.dot_general")
 _UNKNOWN_CYCLES = 2**62  # what is more means: not estimated
+_MOVES = ("copy", "fusion", "reshape", "sort")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 
@@ -32,6 +33,7 @@ class Kernel:
     bytes: float
     times: int
     loop: int  # 0: outside; else the loop over the layers, counted from 1
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ def lowered_work(module: str, layers: int, chips: int) -> tuple[list[Kernel], di
             if target in ("SPMDFullToShardShape", "SPMDShardToFullShape"):
                 own = target == "SPMDFullToShardShape"
             elif target == "tpu_custom_call":
-                flops, bytes_ = _kernel_cost(operation)
-                kernels.append(Kernel(flops, bytes_, times, loop))
+                flops, bytes_, attention = _kernel_cost(operation)
+                kernels.append(Kernel(flops, bytes_, times, loop, attention))
             elif name in _PRODUCTS:
                 left = ir.RankedTensorType(operation.operands[0].type).shape
                 summed = [len(left) - 1]
@@ -114,8 +116,9 @@ def lowered_work(module: str, layers: int, chips: int) -> tuple[list[Kernel], di
     return kernels, dict(products)
 
 
-def _kernel_cost(operation) -> tuple[float, float]:
-    """Return the FLOPs and bytes of a Pallas call: what it says itself, else attention's formula.
+def _kernel_cost(operation) -> tuple[float, float, bool]:
+    """Return the FLOPs and bytes of a Pallas call, what it says itself or attention's formula, and
+    whether it is attention.
 
     JAX's attention kernels say nothing. Each of their matrix products takes ``2 B heads T T D``
     FLOPs, half of them for causal masks; forward has two, backward three for the queries' gradient
@@ -126,7 +129,7 @@ def _kernel_cost(operation) -> tuple[float, float]:
     config = json.loads(operation.attributes["backend_config"].value)["custom_call_config"]
     if "cost_estimate" in config:
         cost = config["cost_estimate"]
-        return float(cost["flops"]), float(cost["bytes_accessed"])
+        return float(cost["flops"]), float(cost["bytes_accessed"]), False
     operands = [ir.RankedTensorType(operand.type) for operand in operation.operands]
     results = []
     for result in (result.type for result in operation.results):
@@ -150,7 +153,24 @@ def _kernel_cost(operation) -> tuple[float, float]:
     products = 2 if forward else 4 if both_of_kv else 3
     sizes = {"bf16": 2, "f32": 4, "i32": 4, "i8": 1}
     bytes_ = sum(math.prod(shape) * sizes[element] for shape, element in [*wide, *results])
-    return products * math.prod(batch) * heads * length * length * width, float(bytes_)
+    return products * math.prod(batch) * heads * length * length * width, float(bytes_), True
+
+
+def recomputed(kernels: list[Kernel], products: dict[int, float]) -> float:
+    """Return the FLOPs of forward that the loops of backward repeat.
+
+    Every second loop is backward's, after its forward. Without repeating anything it takes twice
+    the products of forward, and of attention's kernels seven for every two.
+    """
+    forward: dict[bool, float] = defaultdict(float)
+    backward: dict[bool, float] = defaultdict(float)
+    work = [(one.loop, one.attention, one.flops * one.times) for one in kernels]
+    for loop, attention, flops in [*work, *((loop, False, n) for loop, n in products.items())]:
+        if loop:
+            (forward if loop % 2 else backward)[attention] += flops
+    return sum(
+        backward[kind] - factor * forward[kind] for kind, factor in ((False, 2), (True, 3.5))
+    )
 
 
 # The compiled program --------------------------------------------------------------------------
@@ -212,12 +232,28 @@ class Compiled:
     def cycles(self) -> dict[int, float]:
         """Return the compiler's own estimates, by the loop over the layers; 0 for none."""
         total: dict[int, float] = defaultdict(float)
+        for one, times, loop in self._steps():
+            total[loop] += (_estimate(one) or 0) * times
+        return dict(total)
+
+    def unestimated_bytes(self) -> dict[int, float]:
+        """Return the bytes that are moved where the compiler estimates nothing, as to gather rows.
+
+        By the loop; what is written is taken to have been read once.
+        """
+        total: dict[int, float] = defaultdict(float)
+        for one, times, loop in self._steps():
+            moves = one.operation in _MOVES and not one.name.startswith("async-collective")
+            if moves and _estimate(one) is None:
+                shapes = _shapes(one.shape)
+                total[loop] += 2 * times * sum(math.prod(d) * _BYTES[e] for e, d in shapes)
+        return dict(total)
+
+    def _steps(self) -> Iterator[tuple[_Instruction, int, int]]:
+        """Yield what runs as one instruction, how often, and in which loop."""
         for name, times in self.times.items():
             for one in self.computations[name] if name not in self.fused else ():
-                found = re.search(r'"estimated_cycles":"(\d+)"', one.line)
-                if found and int(found[1]) < _UNKNOWN_CYCLES:
-                    total[self.loop[name]] += int(found[1]) * times
-        return dict(total)
+                yield one, times, self.loop[name]
 
     def pallas_calls(self) -> int:
         """Return how many Pallas kernels stand in the program."""
@@ -260,6 +296,12 @@ class Compiled:
                 incoming = size * _share(kind, len(group))
                 found.append(Collective(kind, moves, incoming, times, group, self.loop[name]))
         return found
+
+
+def _estimate(one: _Instruction) -> int | None:
+    """Return the cycles that the compiler estimates for an instruction; None where it does not."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', one.line)
+    return int(found[1]) if found and int(found[1]) < _UNKNOWN_CYCLES else None
 
 
 def _share(kind: str, members: int) -> float:

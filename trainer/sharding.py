@@ -37,8 +37,7 @@ PARAMETER_SHARDING: tuple[tuple[str, Spec], ...] = (
     (r"self_attn\.(q|k|v)_proj\.weight$", (TENSOR, FSDP)),  # [heads·D, H]
     (r"self_attn\.o_proj\.weight$", (FSDP, TENSOR)),  # [H, heads·D]
     (r"mlp\.gate\.weight$", (None, FSDP)),  # [E, H]
-    (r"mlp\.experts\.gate_up_proj$", (None, None, TENSOR, FSDP)),  # [E, 2, I, H]
-    (r"mlp\.experts\.down_proj$", (None, FSDP, TENSOR)),  # [E, H, I]
+    (r"mlp\.experts\.(gate|up|down)_proj$", (None, FSDP, TENSOR)),  # [E, H, I]
     (r"norm\.weight$", (FSDP,)),  # [H]
 )
 BATCH_SHARDING = ((SLICE, FSDP), None)  # [B, T]

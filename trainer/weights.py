@@ -21,8 +21,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trainer import hub
 from trainer.flags import BadInput
 
-# The published layout's names for what one expert has in each of its two parameters
-EXPERT_PARTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+# The published layout's names for what one expert has of each parameter; all but the last are
+# transposed there.
+EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 FILE_BYTES = 2 * 2**30  # of one written file, unless a single tensor has more
 
 
@@ -77,24 +78,26 @@ class Weights:
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the parameter ``name`` on the host, in ``shape`` and the type it is stored in.
 
-        The shape is the trainer's: ``gate_up_proj`` is ``[E, 2, I, H]``.
+        The shape is the trainer's, as ``experts.lay_out`` says.
         """
-        module, _, last = name.rpartition(".")
         if name in self._files:
-            if last == "gate_up_proj":
-                experts, two, inner, width = shape
-                return self._tensor(name, torch.Size((experts, two * inner, width))).view(shape)
             return self._tensor(name, shape)
-        module = module.replace(".mlp", ".block_sparse_moe")
-        if last not in EXPERT_PARTS:
-            return self._tensor(f"{module}.{last}", shape)
-        whole = None
-        for expert in range(shape[0]):
-            for index, part in enumerate(parts := EXPERT_PARTS[last]):
-                tensor = self._tensor(f"{module}.{expert}.{part}.weight", shape[-2:])
+        module, _, last = name.rpartition(".")
+        if last in EXPERT_PARTS:
+            experts, width, inner = shape
+            if (fused := f"{module}.gate_up_proj") in self._files:
+                halves = self._tensor(fused, torch.Size((experts, 2 * inner, width)))
+                return halves.chunk(2, dim=1)[last == "up_proj"].mT
+            transposed, whole = last != "down_proj", None
+            for expert in range(experts):
+                tensor = self._tensor(
+                    _published_name(f"{module}.{expert}.{EXPERT_PARTS[last]}.weight"),
+                    torch.Size((inner, width) if transposed else (width, inner)),
+                )
                 whole = torch.empty(shape, dtype=tensor.dtype) if whole is None else whole
-                whole.view(shape[0], len(parts), *shape[-2:])[expert, index] = tensor
-        return whole
+                whole[expert] = tensor.mT if transposed else tensor
+            return whole
+        return self._tensor(_published_name(name), shape)
 
     def _tensor(self, key: str, shape: torch.Size) -> torch.Tensor:
         if key not in self._files:
@@ -174,16 +177,17 @@ def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, director
     tokenizer.save_pretrained(directory)
 
 
+def _published_name(name: str) -> str:
+    return name.replace(".mlp.", ".block_sparse_moe.")
+
+
 def _published(model: MixtralForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the model's parameters on the host, in the published layout."""
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().cpu()
-        module, _, last = name.replace(".mlp", ".block_sparse_moe").rpartition(".")
-        if parts := EXPERT_PARTS.get(last):
-            for expert, weights in enumerate(
-                tensor.view(len(tensor), len(parts), *tensor.shape[-2:])
-            ):
-                for part, weight in zip(parts, weights, strict=True):
-                    yield f"{module}.{expert}.{part}.weight", weight
+        module, _, last = _published_name(name).rpartition(".")
+        if part := EXPERT_PARTS.get(last):
+            for expert, weight in enumerate(tensor if last == "down_proj" else tensor.mT):
+                yield f"{module}.{expert}.{part}.weight", weight.contiguous()
         else:
             yield f"{module}.{last}", tensor

@@ -94,6 +94,7 @@ LOWERED = '"stablehlo.reduce_scatter"\n"stablehlo.all_gather"\n'
 def test_a_loop_counts_once_for_every_layer_and_a_repeated_text_once():
     compiled = program.Compiled(COMPILED, layers=5)
     assert compiled.cycles() == {0: 10, 1: 5 * 750}
+    assert compiled.unestimated_bytes() == {1: 5 * 2 * 4 * 8 * 2}
     sizes = program.Sizes(sequences=2, length=64, weights=frozenset({(16, 8)}))
     assert [
         (one.kind, one.moves, one.bytes, one.times, one.group, one.loop)
@@ -120,7 +121,7 @@ def test_a_kernel_is_bound_by_its_flops_or_its_bytes():
     slice_ = Slice(CHIPS["v5p"], (4, 4, 8))
     kernels = [program.Kernel(459e12, 1.0, 2, 1), program.Kernel(1.0, 2765e9, 1, 2)]
     moves = [program.Collective("all-gather", "weights", 400e9, 3, tuple(range(16)), 1)]
-    found = plan.model_time(slice_, kernels, moves, {0: slice_.chip.clock_hz}, 459e12, 0.5)
+    found = plan.model_time(slice_, kernels, moves, {0: 1.0}, 459e12, 0.5)
     assert found["computing_s"] == pytest.approx(2 / 0.5 + 1 + 1)
     assert found["step_time_s"] == pytest.approx(6 + 3)
     assert found["step_time_overlapped_s"] == pytest.approx(4 + 1 + 1)
@@ -151,20 +152,42 @@ def test_a_chip_that_libtpu_does_not_know_is_bad_input(flags, monkeypatch, capsy
     assert all(part in message for part in ("libtpu 0.0.20", "v6e", "v4, v5p"))
 
 
-def test_what_does_not_fit_names_the_batch_and_the_slice_that_would(flags, monkeypatch, tmp_path):
+def test_what_does_not_fit_names_what_does_after_compiling_it(flags, monkeypatch, tmp_path):
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda _: "0.0.24")
-    measured = {
-        "error": "Ran out of memory in memory space hbm. Used 121.00G of 95.74G hbm.",
-        "hbm_bytes": 121 * 2**30,
-        "weight_bytes": 2**30,
-        "optimizer_bytes": 0,
-        "trace_seconds": 1.0,
-    }
-    monkeypatch.setattr(plan, "measure", lambda *_: measured)
+    compiled = []
+
+    def measure(slice_, flags):
+        """A chip holds 1 GiB of state, 15 GiB for each sequence, and 10 GiB whatever the batch."""
+        batch = int(flags[-1].partition("=")[2])
+        compiled.append((slice_.chips, batch))
+        used = 1 + 10 + 15 * batch / slice_.chips
+        found = {
+            "hbm_bytes": used * 2**30,
+            "weight_bytes": 2**30,
+            "optimizer_bytes": 0,
+            "trace_seconds": 1.0,
+        }
+        return found | ({"error": f"Used {used}G of 95.74G hbm."} if used > 95 else REST)
+
+    monkeypatch.setattr(plan, "measure", measure)
     assert plan.main(flags()) == plan.DOES_NOT_FIT
     text = (tmp_path / "plan.txt").read_text()
-    assert "121.00 of 95 GiB" in text
-    # A chip has 8 sequences of 15 GiB each; nine tenths of its memory hold 5 of them.
-    assert "--per_device_train_batch_size 640 should fit" in text
+    assert "131.00 of 95 GiB" in text
+    # By proportion 5 of a chip's 8 sequences take nine tenths of it, in truth 86 GiB.
+    assert "--per_device_train_batch_size=640 fits this slice: 86.00 of 95 GiB" in text
     # 192 chips do not divide the hidden size.
-    assert "v5p-512 should hold this batch" in text
+    assert "v5p-512 (4x8x8) holds this batch: 71.00 of 95 GiB" in text
+    assert compiled == [(128, 1024), (128, 640), (256, 1024)]
+
+
+REST = {
+    "compile_seconds": 1.0,
+    "kernels": [],
+    "products": {},
+    "collectives": [],
+    "cycles": {"0": 1.0},
+    "unestimated_bytes": {},
+    "pallas_calls": 0,
+    "rematerialised": 0,
+    "host_bytes": 2**32,
+}

@@ -30,7 +30,7 @@ def traced(cases: list[str]) -> str:
         rows, k, n = map(int, numbers)
         options = {"dtype": getattr(torch, name), "device": torch_xla.device()}
         # Nothing that a constant could be folded from.
-        lhs, rhs = torch.rand(rows, k, **options), torch.rand(GROUPS, n, k, **options)
+        lhs, rhs = torch.rand(rows, k, **options), torch.rand(GROUPS, k, n, **options)
         sizes = torch.randint(0, 9, (GROUPS,), dtype=torch.int32, device=torch_xla.device())
         lhs, rhs = lhs.requires_grad_(), rhs.requires_grad_()
         out = grouped_matmul(lhs, rhs, sizes)

@@ -49,19 +49,21 @@ def assert_close(ours, theirs, tolerance: float):
         assert error <= tolerance * expected.double().norm().clamp(min=1e-3)
 
 
-def products(sizes, dtype, k, n, seed):
+def products(sizes, dtype, k, n, seed, transpose_rhs):
     """Return grouped products with gradients, ours and dense ones in float64."""
     generator = torch.Generator().manual_seed(seed)
-    lhs, rhs = random(generator, sum(sizes), k), random(generator, len(sizes), n, k)
+    matrix = (n, k) if transpose_rhs else (k, n)
+    lhs, rhs = random(generator, sum(sizes), k), random(generator, len(sizes), *matrix)
     inputs, seed = [lhs.to(dtype), rhs.to(dtype)], random(generator, sum(sizes), n).to(dtype)
     device = torch_xla.device()
     groups = torch.tensor(sizes, dtype=torch.int32).to(device)
 
     def ours(lhs, rhs):
-        return grouped_matmul.grouped_matmul(lhs, rhs, groups)
+        return grouped_matmul.grouped_matmul(lhs, rhs, groups, transpose_rhs=transpose_rhs)
 
     def dense(lhs, rhs):
-        return torch.cat([x @ w.T for x, w in zip(lhs.split(sizes), rhs, strict=True)])
+        rhs = rhs.mT if transpose_rhs else rhs
+        return torch.cat([x @ w for x, w in zip(lhs.split(sizes), rhs, strict=True)])
 
     return (
         with_gradients(ours, leaves(inputs, device), seed.to(device)),
@@ -69,6 +71,7 @@ def products(sizes, dtype, k, n, seed):
     )
 
 
+@pytest.mark.parametrize("transpose_rhs", [False, True])
 @pytest.mark.parametrize(
     ("rows", "groups", "k", "n", "dtype"),
     [
@@ -82,15 +85,19 @@ def products(sizes, dtype, k, n, seed):
 )
 @examples
 @given(data=st.data(), seed=SEEDS)
-def test_products_and_gradients_equal_dense_ones(rows, groups, k, n, dtype, data, seed):
+def test_products_and_gradients_equal_dense_ones(
+    rows, groups, k, n, dtype, transpose_rhs, data, seed
+):
     sizes = data.draw(sizes_of_groups(rows, groups))
-    ours, theirs = products(sizes, dtype, k, n, seed)
+    ours, theirs = products(sizes, dtype, k, n, seed, transpose_rhs)
     assert all(tensor.dtype == dtype for tensor in ours)
     assert_close(ours, theirs, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("sizes", [[3, 200, 0, 54], [0, 0, 257, 0]])
-def test_so_do_those_of_the_tpus_kernel(monkeypatch, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "transpose_rhs"), [([3, 200, 0, 54], False), ([0, 0, 257, 0], True)]
+)
+def test_so_do_those_of_the_tpus_kernel(monkeypatch, sizes, transpose_rhs):
     """JAX's interpreter runs Megablox with the tiles and the padding that a TPU would be given."""
     megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
     for name in ("gmm", "tgmm"):
@@ -98,15 +105,15 @@ def test_so_do_those_of_the_tpus_kernel(monkeypatch, sizes):
         interpreted = functools.wraps(kernel)(functools.partial(kernel, interpret=True))
         monkeypatch.setattr(megablox, name, interpreted)
     monkeypatch.setattr(grouped_matmul, "kernel", lambda: "pallas_megablox")
-    ours, theirs = products(sizes, torch.float32, 1100, 72, seed=0)
+    ours, theirs = products(sizes, torch.float32, 1100, 72, 0, transpose_rhs)
     assert_close(ours, theirs, 1e-5)
 
 
-def plain_experts(index, hidden, weights, gate_up, down):
+def plain_experts(index, hidden, weights, gate, up, down):
     """Every token times its own copy of its experts' matrices."""
-    gate, up = torch.einsum("nh,nkih->nki", hidden, gate_up[index]).chunk(2, dim=-1)
-    out = torch.einsum("nki,nkhi->nkh", F.silu(gate) * up, down[index])
-    return torch.einsum("nkh,nk->nh", out, weights)
+    inner = F.silu(torch.einsum("nh,nkhi->nki", hidden, gate[index]))
+    inner = inner * torch.einsum("nh,nkhi->nki", hidden, up[index])
+    return torch.einsum("nki,nkhi,nk->nh", inner, down[index], weights)
 
 
 @pytest.mark.parametrize(
@@ -130,19 +137,18 @@ def test_every_mode_equals_plain_experts(tokens, count, top_k, hidden, intermedi
     inputs = [
         random(generator, tokens, hidden),
         torch.rand(tokens, top_k, generator=generator).softmax(-1),
-        random(generator, count, 2 * intermediate, hidden),
-        random(generator, count, hidden, intermediate),
+        *(random(generator, count, hidden, intermediate) for _ in range(3)),
     ]
     gradient = random(generator, tokens, hidden)
     device = torch_xla.device()
     on_device = index.to(device)
     theirs = with_gradients(
-        functools.partial(plain_experts, index), leaves(inputs, "cpu"), gradient
+        functools.partial(plain_experts, index), leaves(inputs, torch.float64), gradient.double()
     )
 
-    def run(mode, hidden, weights, gate_up, down):
+    def run(mode, hidden, weights, gate, up, down):
         module = SimpleNamespace(
-            num_experts=count, gate_up_proj=gate_up, down_proj=down, act_fn=F.silu
+            num_experts=count, gate_proj=gate, up_proj=up, down_proj=down, act_fn=F.silu
         )
         return getattr(experts, mode)(module, hidden, on_device, weights)
 

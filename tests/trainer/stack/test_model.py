@@ -9,6 +9,7 @@ import torch_xla
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from tests.trainer.stack.layout import as_transformers
 from trainer import experts, model
 from trainer.sharding import BATCH_SHARDING, make_mesh, shard
 
@@ -39,11 +40,6 @@ def on_mesh(config: dict, mode: str) -> MixtralForCausalLM:
     return built
 
 
-def as_transformers(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Give a parameter, or its gradient, the shape that transformers has it in."""
-    return tensor.cpu().flatten(1, 2) if name.endswith("gate_up_proj") else tensor.cpu()
-
-
 def loss_and_gradients(built, *inputs, recompute: bool):
     on_device = [shard(x.to(torch_xla.device()), BATCH_SHARDING) for x in inputs]
     cross_entropy, routing = model.causal_lm_loss(built, *on_device, recompute=recompute)
@@ -51,7 +47,7 @@ def loss_and_gradients(built, *inputs, recompute: bool):
     loss.backward()
     torch_xla.sync()
     values = {"loss": loss, "load": routing.load, "entropy": routing.entropy}
-    values |= {n: as_transformers(n, p.grad) for n, p in built.named_parameters()}
+    values |= as_transformers({n: p.grad for n, p in built.named_parameters()})
     return {name: value.detach().cpu() for name, value in values.items()}
 
 
@@ -63,8 +59,7 @@ def reference(built, config: dict, batch, lengths: list[list[int]] | None = None
         experts_implementation="eager",
         dtype=torch.float32,
     )
-    state = {n: as_transformers(n, value) for n, value in built.state_dict().items()}
-    eager.load_state_dict(state)
+    eager.load_state_dict(as_transformers(built.state_dict()))
     if not lengths:
         # Its loss is as config says; routers' logits it gives only where they are in the loss.
         loss = eager(input_ids=batch, labels=batch).loss
@@ -174,6 +169,6 @@ def test_the_weights_do_not_depend_on_the_number_of_devices():
     other.to_empty(device="cpu")
     for module in other.modules():
         other._init_weights(module)
+    ours = as_transformers(dict(built.named_parameters()))
     for name, expected in other.named_parameters():
-        ours = as_transformers(name, built.get_parameter(name))
-        assert torch.equal(ours, expected), name
+        assert torch.equal(ours[name], expected), name

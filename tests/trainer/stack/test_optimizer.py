@@ -14,7 +14,7 @@ from trainer.sharding import partition_spec, shard
 SHAPES = {
     "model.norm.weight": (64,),
     "lm_head.weight": (96, 64),
-    "model.layers.0.mlp.experts.gate_up_proj": (4, 2, 24, 64),
+    "model.layers.0.mlp.experts.gate_proj": (4, 64, 24),
 }
 
 

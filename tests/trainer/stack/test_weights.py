@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from tests.trainer.stack.layout import as_transformers
 from trainer import data, model, weights
 from trainer.flags import BadInput
 
@@ -42,12 +43,12 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, **changes) -> Mixt
 
 def assert_equal(ours: MixtralForCausalLM, expected: MixtralForCausalLM) -> None:
     """Compare all parameters, and the buffers that no file holds."""
-    tensors = dict(ours.named_parameters()) | dict(ours.named_buffers())
+    tensors = as_transformers(dict(ours.named_parameters()) | dict(ours.named_buffers()))
     others = dict(expected.named_parameters()) | dict(expected.named_buffers())
     assert tensors.keys() == others.keys()
     for name, other in others.items():
         assert tensors[name].dtype == other.dtype, name
-        assert torch.equal(tensors[name].cpu().view(other.shape), other), name
+        assert torch.equal(tensors[name], other), name
 
 
 @pytest.mark.parametrize("published", [True, False], ids=["w1 w2 w3", "fused"])

@@ -1,0 +1,158 @@
+"""The step as the guide's branch formulates it, lowered and compiled like ours, to compare with.
+
+    python -m benchmarks.guide RESULT ACCELERATOR_TYPE TOPOLOGY SLICES <the trainer's flags>
+
+What of the branch ``alanwaketan/moe`` decides the program is here in its way: one module a layer,
+not a loop, each recomputed by torch_xla's own checkpoint; weights and activations marked for the
+partitioner, every weight along its largest dimension; manual regions around flash attention, with
+keys and values repeated for each query head, and around the experts, whose gradients are scattered
+over all chips at once. Embedding, norms, loss, clipping and optimizer are the trainer's.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.experimental.custom_kernel as pallas
+from torch_xla.distributed.fsdp import checkpoint_module
+from transformers import AttentionInterface
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from trainer import attention, experts, loop, lowering, sharding
+from trainer.grouped_matmul import TILES
+from trainer.sharding import FSDP, HIDDEN_SHARDING, enter_manual, leave_manual, shard
+
+# FSDPv2: every parameter along the largest of its dimensions
+PARAMETER_SHARDING = (
+    (r"norm\.weight$", (FSDP,)),
+    (r"(embed_tokens|lm_head|[qo]_proj)\.weight$", (FSDP, None)),
+    (r"([kv]_proj|mlp\.gate)\.weight$", (None, FSDP)),
+    (r"(gate|up)_proj$", (None, None, FSDP)),  # [E, H, I]
+    (r"down_proj$", (None, FSDP, None)),  # [E, I, H]
+)
+TOKENS = (FSDP, None)
+HEADS = (FSDP, None, None, None)
+
+
+def lay_out(module) -> None:
+    """Give the experts three weights that tokens are multiplied with from the left."""
+    experts_lay_out(module)
+    module.down_proj = torch.nn.Parameter(module.down_proj.data.mT.contiguous())
+
+
+def flash(module, query, key, value, attention_mask, *, scaling: float, **kwargs):
+    """torch_xla's flash attention in a manual region of its own."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = pallas.flash_attention(
+        query, key, value, True, None, None, scaling,
+        partition_spec=HEADS, mesh=xs.get_global_mesh(),
+    )  # fmt: skip
+    return out.transpose(1, 2), None
+
+
+def gmm(module, hidden, index, weights):
+    """Grouped products in a manual region of their own, weighted outside of it."""
+    projections = module.gate_proj, module.down_proj, module.up_proj
+    out = _Experts.apply(hidden, index, *projections)
+    return (out * weights.to(out.dtype).unsqueeze(-1)).sum(1)
+
+
+def _product(lhs, rhs, sizes):
+    return pallas.gmm(lhs, rhs, sizes, TILES)
+
+
+def _gradients(gradient, lhs, rhs, sizes):
+    return (
+        pallas.gmm(gradient, rhs, sizes, TILES, transpose_rhs=True),
+        pallas.tgmm(lhs.t(), gradient, sizes, TILES),
+    )
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, index, gate, down, up):
+        tokens, k = index.shape
+        whole = [weight * 1 for weight in (gate, down, up)]
+        hidden, index = (enter_manual(x, TOKENS) for x in (hidden, index))
+        gate, down, up = (enter_manual(weight, (None, None, None)) for weight in whole)
+        flat = index.flatten()
+        order = flat.argsort()
+        back = order.argsort()
+        sizes = F.one_hot(flat, len(gate)).sum(0).to(torch.int32)
+        rows = hidden[torch.arange(len(hidden), device=hidden.device).repeat_interleave(k)[order]]
+        gated, upped = _product(rows, gate, sizes), _product(rows, up, sizes)
+        active = F.silu(gated)
+        inner = active * upped
+        out = _product(inner, down, sizes)[back].reshape(-1, k, hidden.shape[1])
+        saved = [
+            leave_manual(x, TOKENS, torch.Size((tokens * k, x.shape[1])))
+            for x in (rows, gated, upped, active, inner)
+        ]
+        ctx.save_for_backward(*saved, *whole, order, back, sizes)
+        return leave_manual(out, HIDDEN_SHARDING, torch.Size((tokens, k, hidden.shape[1])))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        *saved, order, back, sizes = ctx.saved_tensors
+        saved, whole = saved[:5], saved[5:]
+        tokens, k, width = gradient.shape
+        rows, gated, upped, active, inner = (enter_manual(x * 1, TOKENS) for x in saved)
+        gate, down, up = (enter_manual(weight, (None, None, None)) for weight in whole)
+        gradient = enter_manual(gradient, HIDDEN_SHARDING).reshape(-1, width)[order]
+        gradient, of_down = _gradients(gradient, inner, down, sizes)
+        of_gated = torch.ops.aten.silu_backward(upped * gradient, gated)
+        of_rows, of_gate = _gradients(of_gated, rows, gate, sizes)
+        also, of_up = _gradients(active * gradient, rows, up, sizes)
+        of_hidden = (of_rows + also)[back].reshape(-1, k, width).sum(1)
+        everyone = [xs.get_global_mesh().device_ids.tolist()]
+        scattered = []
+        for part, dim, like in (
+            (of_gate, 2, whole[0]),
+            (of_down, 1, whole[1]),
+            (of_up, 2, whole[2]),
+        ):
+            part = torch_xla._XLAC._xla_spmd_reduce_scatter(
+                xm.REDUCE_SUM, part, 1 / len(everyone[0]), dim, len(everyone[0]), everyone
+            )
+            spec = tuple(FSDP if axis == dim else None for axis in range(3))
+            scattered.append(leave_manual(part, spec, like.shape))
+        return leave_manual(of_hidden, TOKENS, torch.Size((tokens, width))), None, *scattered
+
+
+def causal_lm_loss(model, tokens, segments=None, *, recompute):
+    """Return what trainer.model's function of this name does, but for the routing: zeros."""
+    decoder = model.model
+    hidden = shard(F.embedding(tokens, decoder.embed_tokens.weight * 1), HIDDEN_SHARDING)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    embeddings = decoder.rotary_emb(hidden, positions)
+    for layer in decoder.layers:
+        layer = checkpoint_module(layer) if recompute else layer
+        hidden = shard(layer(hidden, position_embeddings=embeddings) * 1, HIDDEN_SHARDING)
+    logits = F.linear(decoder.norm(hidden), model.lm_head.weight * 1)
+    logits = shard(logits, HIDDEN_SHARDING).float()[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    count = model.config.num_local_experts
+    zero = torch.zeros((), device=tokens.device)
+    return loss, experts.Routing(zero.expand(count), zero, zero)
+
+
+if __name__ == "__main__":
+    experts_lay_out, experts.lay_out = experts.lay_out, lay_out
+    register_experts, register_attention = experts.register, attention.register
+
+    def register() -> None:
+        """Register what is above instead of the trainer's own."""
+        register_experts()
+        register_attention()
+        ALL_EXPERTS_FUNCTIONS.register("gmm", gmm)
+        AttentionInterface.register(attention.FLASH, flash)
+
+    experts.register = attention.register = register
+    sharding.PARAMETER_SHARDING = PARAMETER_SHARDING
+    sharding.torus_planes = lambda devices: 1
+    loop.causal_lm_loss = causal_lm_loss
+    lowering.main(sys.argv[1:])
