@@ -21,12 +21,17 @@ refuse() {
 [[ -n ${TPU_NAME:-} && -n ${ZONE:-} && -n ${PROJECT:-} ]] \
   || refuse 'which slice? export TPU_NAME=… ZONE=… PROJECT=…'
 [[ $restarts =~ ^[0-9]+$ ]] || refuse "RESTARTS is $restarts: a number is needed"
-if ((restarts)); then
-  [[ ${WORKER_DIR:-} == /* ]] || refuse "RESTARTS=$restarts needs WORKER_DIR=…, a directory on a disk \
-that outlives the slice and that every worker mounts: a run is resumed from what it saved there"
-  # One name for all of its parts, and a directory for every worker.
+bucket=
+[[ ${TRAIN:-} == *checkpoint_bucket=gs://* ]] && bucket=true
+if ((restarts)) || [[ $bucket ]]; then
+  # One name for all of its parts.
+  [[ ${TRAIN:-} == *run_name=* ]] || train+=(-e "run_name=${RUN_NAME:-once-$(date -u +%Y%m%d-%H%M%S)}")
+fi
+if ((restarts)) && [[ ! $bucket ]]; then
+  [[ ${WORKER_DIR:-} == /* ]] || refuse "RESTARTS=$restarts needs what outlives the slice, to resume from: \
+-e checkpoint_bucket=gs://… in TRAIN, or WORKER_DIR=…, a directory on a disk that every worker mounts"
+  # A directory for every worker.
   dir="$WORKER_DIR/{{ inventory_hostname }}"
-  train+=(-e "run_name=${RUN_NAME:-once-$(date -u +%Y%m%d-%H%M%S)}")
   train+=(-e "{\"train_worker_dir\": \"$dir\", \"huggingface_worker_dir\": \"$dir\"}")
 fi
 
@@ -71,7 +76,7 @@ trap 'exit 143' TERM
 trap 'mkdir -p .cache && exec >> .cache/once.log 2>&1; exit 129' HUP
 
 outlives() {
-  ((restarts == 0)) && return
+  ((restarts == 0)) || [[ $bucket ]] && return
   ansible --inventory "$inventory" tpu_workers --module-name ansible.builtin.shell \
     --args "test \"\$(df --output=target '$WORKER_DIR' | tail -n 1)\" != /" \
     || refuse "$WORKER_DIR is on the worker's own disk, or not there: nothing in it outlives the slice"

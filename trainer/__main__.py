@@ -58,16 +58,21 @@ def run(arguments: Arguments) -> int:
         metrics,
         model,
         profiling,
+        storage,
         tpu,
         weights,
     )
     from trainer import optimizer as optim
-    from trainer.sharding import AXES, local_rows, make_mesh, size
+    from trainer.sharding import AXES, local_rows, make_mesh, partition_spec, size
 
     training, block_size = arguments.training, arguments.data.block_size
     devices = xr.global_runtime_device_count()
     chip = tpu.current_chip()
     check_devices(arguments, devices, slices(), chip)
+    checkpoints = storage.at(training.checkpoint_bucket or training.output_dir)
+    if training.checkpoint_bucket:
+        print(f"checkpoints are in {checkpoints}", flush=True)
+        checkpoints.check(new=not training.continues)
     streaming, isolate = arguments.data.streaming, arguments.data.reset_attention_mask
     text = data.stream(arguments) if streaming else data.blocks(arguments)
     batch = training.global_batch
@@ -96,11 +101,11 @@ def run(arguments: Arguments) -> int:
         "seed": training.seed,
         "reset_attention_mask": isolate,
     }
-    resumed = checkpoint.find(training.resume_from_checkpoint, training.output_dir)
+    resumed = checkpoint.find(training.resume_from_checkpoint, checkpoints)
     if resumed:
         saved = checkpoint.Checkpoint(resumed, identity)
         first_step = saved.step
-        model.load(mixtral, saved.read)
+        model.load(mixtral, lambda name, shape: saved.read(name, shape, partition_spec(name)))
         initial = {"initial": saved.read}
     else:
         first_step, initial = 0, {}
@@ -120,11 +125,11 @@ def run(arguments: Arguments) -> int:
     training.output_dir.mkdir(parents=True, exist_ok=True)
     # What output_dir holds of a run that this one continues stays, up to the step it resumes from.
     kept_steps = first_step if training.continues else 0
-    checkpoint.remove_after(training.output_dir, kept_steps)
+    checkpoint.remove_after(checkpoints, kept_steps)
     saver = None
     if training.save_strategy == "steps":
         saver = checkpoint.Saver(
-            training.output_dir,
+            checkpoints,
             state,
             identity,
             every=training.save_steps,

@@ -7,6 +7,7 @@ before anything is launched.
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from trainer.texts import PYTHON_HELP, TEXT_FILES
 __all__ = ["Arguments", "BadInput", "check_devices", "parse", "validate"]
 
 ExpertsMode = Literal["gmm", "gmm_stack", "static"]
+NEWEST = ("auto", "must")  # in place of a checkpoint: the newest
+# https://cloud.google.com/storage/docs/buckets#naming, as far as it can be wrong by accident
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^/\s][^\s]*)?/?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,11 @@ class TrainingArguments:
     """How it is trained"""
 
     output_dir: Annotated[Path, "where metrics.jsonl, summary.json and checkpoints are written"]
+    checkpoint_bucket: Annotated[
+        str,
+        "gs://bucket/path: where checkpoints are written in place of output_dir, by all hosts; a "
+        "path for each run",
+    ] = ""
     overwrite_output_dir: Annotated[
         bool, "replace an earlier run in output_dir, unless it is the one that is resumed"
     ] = False
@@ -158,8 +167,8 @@ class TrainingArguments:
     ] = None
     resume_from_checkpoint: Annotated[
         str | None,
-        "a checkpoint's directory, or auto: the newest in output_dir, and a fresh start if there "
-        "is none",
+        "a checkpoint, in a directory or a bucket; or the newest of this run: must, or auto, which "
+        "is a fresh start if there is none",
     ] = None
     logging_strategy: Annotated[Literal["no", "steps"], "when to print a line"] = "steps"
     logging_steps: Annotated[int, "print a line every so many steps", AtLeast(1)] = 1
@@ -202,10 +211,12 @@ class TrainingArguments:
 
     @property
     def continues(self) -> bool:
-        """Whether the earlier run in output_dir is the one that is resumed."""
+        """Whether the run that is resumed is the earlier one of the same output_dir, or bucket."""
         resumed = self.resume_from_checkpoint
-        if not resumed or resumed == "auto":
-            return resumed == "auto"
+        if not resumed or resumed in NEWEST:
+            return bool(resumed)
+        if self.checkpoint_bucket:
+            return resumed.rstrip("/").rpartition("/")[0] == self.checkpoint_bucket.rstrip("/")
         return Path(resumed).expanduser().resolve().parent == self.output_dir.resolve()
 
 
@@ -434,19 +445,29 @@ def _check_combinations(
     if not training.do_train:
         raise BadInput("nothing to do: --do_train is missing, and training is all there is; add it")
     eval_batch, reports = training.per_device_eval_batch_size, training.report_to == "tensorboard"
-    warms_up = training.lr_scheduler_type != "constant"
+    warms_up, saves = training.lr_scheduler_type != "constant", training.save_strategy == "steps"
     scheduler = "--lr_scheduler_type constant_with_warmup"
     for flag, value, used, needed in (
         ("validation_file", texts.validation_file, training.evaluates, "--do_eval"),
         ("per_device_eval_batch_size", eval_batch, training.evaluates, "--do_eval"),
         ("eval_steps", training.eval_steps, training.evaluate_every, "--eval_strategy steps"),
         ("logging_dir", training.logging_dir, reports, "--report_to tensorboard"),
+        ("checkpoint_bucket", training.checkpoint_bucket, saves, "--save_strategy steps"),
         ("warmup_steps", training.warmup_steps, warms_up, scheduler),
         ("warmup_ratio", training.warmup_ratio, warms_up, scheduler),
     ):
         if value and not used:
             raise BadInput(
                 f"--{flag} {value} would be ignored without {needed}; give that as well, or neither"
+            )
+    addresses = [("checkpoint_bucket", training.checkpoint_bucket)]
+    if "://" in (training.resume_from_checkpoint or ""):
+        addresses.append(("resume_from_checkpoint", training.resume_from_checkpoint))
+    for flag, address in addresses:
+        if address and not _BUCKET.fullmatch(address):
+            raise BadInput(
+                f"{flag} is {address!r}; a place in a bucket is gs://<bucket>/<path>, with the "
+                "bucket in lower case. Without a bucket, checkpoints are in output_dir"
             )
     if training.warmup_ratio > 1:
         raise BadInput(

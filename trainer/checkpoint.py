@@ -1,46 +1,51 @@
 """Checkpoints: weights, optimizer state and step, written while training goes on.
 
-``checkpoint-<step>`` is the state after so many steps. Each host writes one file into it,
-``state-<host>-of-<hosts>.safetensors``: the shards of its own devices, each under its tensor's name
-and its place in it, ``lm_head.weight[0:320,16:32]``. Put together from these, a tensor can be cut
-for any other mesh. The header holds the step, what a run that resumes must have in common with the
-one that saved, and a checksum of every shard.
-
-The directory is written under a hidden name and renamed when everything in it is on the disk: what
-is called ``checkpoint-<step>`` is complete. All access to the storage is in this file.
+``checkpoint-<step>`` is the state after so many steps. Each host writes the shards of its own
+devices into it, each under its tensor's name and its place in it, ``lm_head.weight[0:320,16:32]``.
+Put together from these, a tensor can be cut for any other mesh. The header of every file holds the
+step, what a run that resumes must have in common with the one that saved, and a checksum of every
+shard. Where checkpoints are, and when one is complete, is the business of ``storage.py``.
 """
 
 import json
 import math
-import os
-import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch_xla
 import torch_xla.runtime as xr
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-from trainer.flags import BadInput
-from trainer.sharding import Range, from_hosts, local_places
+from trainer.arguments import NEWEST, BadInput
+from trainer.sharding import Range, Spec, from_hosts, local_parts, local_places, local_replicas
+from trainer.storage import Bucket, Directory, at
 
 OTHER = "resume from another checkpoint, or leave --resume_from_checkpoint out to start afresh"
+READS = 16  # of one checkpoint at once
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written; the message says which and why."""
+    """A checkpoint could not be written, or removed; the message says which and why."""
+
+
+@contextmanager
+def _naming(failure: str) -> Iterator[None]:
+    """Raise SaveFailed, beginning with these words, for what the storage raises."""
+    try:
+        yield
+    except (OSError, SafetensorError, BadInput) as error:
+        raise SaveFailed(f"{failure}: {error}") from error
 
 
 class Saver:
     """Saves ``state`` every so many steps, in the background, one checkpoint at a time.
 
     Args:
-        directory: where the checkpoints go.
+        place: where the checkpoints go.
         state: tensors on the mesh by name; they are updated in place from step to step.
         identity: what must be the same where a run resumes, as JSON can hold it.
         every: save after so many steps.
@@ -50,14 +55,14 @@ class Saver:
 
     def __init__(
         self,
-        directory: Path,
+        place: Directory | Bucket,
         state: Mapping[str, torch.Tensor],
         identity: Mapping[str, Any],
         *,
         every: int,
         keep: int | None,
     ) -> None:
-        self.directory, self.state, self.identity = directory, state, dict(identity)
+        self.place, self.state, self.identity = place, state, dict(identity)
         self.every, self.keep = every, keep
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
@@ -69,7 +74,8 @@ class Saver:
         """
         self.wait()
         self._remove_oldest()
-        self._writing = self._thread.submit(self._write, step, _local_shards(self.state))
+        shards = _local_shards(self.state, once=self.place.shared)
+        self._writing = self._thread.submit(self._write, step, shards)
 
     def wait(self) -> None:
         """Wait until what was begun is complete; raises SaveFailed if it could not be written."""
@@ -79,41 +85,36 @@ class Saver:
     def discard(self, step: int) -> None:
         """Remove the checkpoint of ``step``, whose weights gave a loss that is not finite."""
         self.wait()
-        _remove(self.directory / _name(step))
+        with _naming(f"{self.place / _name(step)} cannot be removed"):
+            self.place.remove(_name(step))
 
     def close(self) -> None:
         """Wait as :meth:`wait` does, and leave no more checkpoints than are to be kept."""
         self.wait()
+        if self.place.shared:
+            from_hosts(0).max().item()  # what the other hosts write is complete, too
         self._remove_oldest()
         self._thread.shutdown()
 
     def _remove_oldest(self) -> None:
-        if self.keep:
-            for step in _complete(self.directory)[: -self.keep]:
-                _remove(self.directory / _name(step))
+        if self.keep and _removes(self.place):
+            with _naming(f"the oldest checkpoint in {self.place} cannot be removed"):
+                for step in self.place.checkpoints()[: -self.keep]:
+                    self.place.remove(_name(step))
 
     def _write(self, step: int, shards: Mapping[str, torch.Tensor]) -> None:
-        path, hidden = self.directory / _name(step), self.directory / f".{_name(step)}"
-        header = {
-            "step": step,
-            "identity": self.identity,
-            "crc32": {name: _crc32(shard) for name, shard in shards.items()},
-        }
-        text = json.dumps(header)
-        metadata = {"checkpoint": text, "crc32": str(zlib.crc32(text.encode()))}
-        file = hidden / f"state-{xr.process_index():05}-of-{xr.process_count():05}.safetensors"
-        try:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir()
-            save_file(dict(shards), file, metadata)
-            file.chmod(0o644)  # safetensors makes it its owner's alone
-            _flush(file)
-            _flush(hidden)
-            _remove(path)
-            hidden.rename(path)
-            _flush(self.directory)
-        except (OSError, SafetensorError) as error:
-            raise SaveFailed(f"{path} cannot be written: {error}") from error
+        def describe(shards: Mapping[str, torch.Tensor]) -> dict[str, str]:
+            header = {
+                "step": step,
+                "identity": self.identity,
+                "crc32": {name: _crc32(shard) for name, shard in shards.items()},
+            }
+            text = json.dumps(header)
+            return {"checkpoint": text, "crc32": str(zlib.crc32(text.encode()))}
+
+        path = self.place / _name(step)
+        with _naming(f"{path} cannot be written"):
+            self.place.write(_name(step), shards, describe)
         print(f"saved {path}", flush=True)
 
 
@@ -124,74 +125,73 @@ class Checkpoint:
     another ``identity`` than this one's.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, place: Directory | Bucket, identity: Mapping[str, Any]) -> None:
+        self.place = place
         self.step = 0
-        self._checksums: dict[str, int] = {}
-        self._shards: dict[str, dict[Path, dict[Range, str]]] = {}  # their keys in their files
-        files = sorted(path.glob("state-*.safetensors"))
+        # Of every tensor, which part of it is in which file, under which key, with which checksum
+        self._shards: dict[str, dict[Range, tuple[str, str, int]]] = {}
+        files = place.files()
         if not files:
             raise BadInput(
-                f"{path} is no checkpoint: there is no state-*.safetensors in it. Give a directory "
+                f"{place} is no checkpoint: there is no state-*.safetensors in it. Give a "
                 "checkpoint-<step> that a run with --save_strategy steps has left"
             )
-        for file in files:
-            header = self._open(file)
+        with ThreadPoolExecutor(READS) as threads:
+            headers = list(threads.map(self._header, files))
+        for file, header in zip(files, headers, strict=True):
             self._check_identity(header["identity"], identity)
             if self.step and header["step"] != self.step:
-                raise BadInput(f"{path} holds files of steps {self.step} and {header['step']}")
+                raise BadInput(f"{place} holds files of steps {self.step} and {header['step']}")
             self.step = header["step"]
-            self._checksums |= header["crc32"]
-            for key in header["crc32"]:
-                name, place = _parse(key)
-                self._shards.setdefault(name, {}).setdefault(file, {})[place] = key
+            for key, checksum in header["crc32"].items():
+                name, part = _parse(key)
+                self._shards.setdefault(name, {})[part] = (file, key, checksum)
 
-    def read(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def read(self, name: str, shape: torch.Size, spec: Spec | None = None) -> torch.Tensor:
         """Return a tensor of ``shape`` on the host, as far as the files here have its shards.
 
-        What they do not have is undefined and, untouched, takes no memory. See :meth:`check`.
+        With ``spec``, only what this host's devices need of a tensor that is split so. The rest is
+        undefined and, untouched, takes no memory. See :meth:`check`.
         """
+        if name not in self._shards:
+            raise BadInput(f"{self.place} has no {name}, which the model has; {OTHER}")
+        found = self._shards[name]
+        for part, (file, key, _) in found.items():
+            if len(part) != len(shape) or any(
+                stop > size for (_, stop), size in zip(part, shape, strict=True)
+            ):
+                raise self._misfit(file, key, name, shape)
+        if spec:
+            needed = local_parts(shape, spec)
+            found = {
+                part: where
+                for part, where in found.items()
+                if any(_overlap(part, other) for other in needed)
+            }
         tensor = None
-        for file, keys in self._shards.get(name, {}).items():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    shards = {place: opened.get_tensor(key) for place, key in keys.items()}
-            except (OSError, SafetensorError) as error:
-                raise self._damaged(file, f"{name} cannot be read: {error}") from error
-            for place, shard in shards.items():
-                if _crc32(shard) != self._checksums[keys[place]]:
-                    raise self._damaged(file, f"the checksum of {keys[place]} is wrong")
-                inside = len(place) == len(shape) and all(
-                    stop <= size for (_, stop), size in zip(place, shape, strict=True)
-                )
-                if not inside or list(shard.shape) != [stop - start for start, stop in place]:
-                    raise BadInput(
-                        f"{file}: {keys[place]} does not fit into the model's {name}, which is "
-                        f"{list(shape)}; {OTHER}"
-                    )
+        with ThreadPoolExecutor(READS) as threads:
+            for part, shard in zip(found, threads.map(self._shard, found.values()), strict=True):
+                if list(shard.shape) != [stop - start for start, stop in part]:
+                    raise self._misfit(*found[part][:2], name, shape)
                 tensor = torch.empty(shape, dtype=shard.dtype) if tensor is None else tensor
-                tensor[tuple(slice(*part) for part in place)] = shard
-        if tensor is None:
-            raise BadInput(f"{self.path} has no {name}, which the model has; {OTHER}")
-        return tensor
+                tensor[tuple(slice(*bounds) for bounds in part)] = shard
+        return torch.empty(shape) if tensor is None else tensor
 
     def check(self, state: Mapping[str, torch.Tensor]) -> None:
         """Raise BadInput unless the files here have all that this host's devices now hold."""
         for name, tensor in state.items():
-            for place in local_places(tensor):
-                # Different hosts may have the same shard.
-                shards = set().union(*self._shards.get(name, {}).values())
-                found = sum(_overlap(place, shard) for shard in shards)
-                if found != _overlap(place, place):
+            for part in local_places(tensor):
+                found = sum(_overlap(part, shard) for shard in self._shards.get(name, ()))
+                if found != _overlap(part, part):
                     raise BadInput(
-                        f"{self.path} has not all of {_key(name, place)}. If several hosts have "
+                        f"{self.place} has not all of {_key(name, part)}. If several hosts have "
                         f"saved it, put all their files into this directory; else {OTHER}"
                     )
 
-    def _open(self, file: Path) -> dict[str, Any]:
+    def _header(self, file: str) -> dict[str, Any]:
         """Return the header of one file, after a look at what it holds."""
         try:
-            with safe_open(file, framework="pt") as opened:
+            with self.place.open(file) as opened:
                 metadata = opened.metadata() or {}
                 keys = set(opened.keys())
         except (OSError, SafetensorError) as error:
@@ -204,71 +204,97 @@ class Checkpoint:
             raise self._damaged(file, f"its list of tensors is wrong at {min(differing)}")
         return header
 
-    def _damaged(self, file: Path, why: str) -> BadInput:
-        return BadInput(f"{file} is damaged: {why}. Delete {self.path.name}; {OTHER}")
+    def _shard(self, where: tuple[str, str, int]) -> torch.Tensor:
+        """Return one shard, whose checksum is right."""
+        file, key, checksum = where
+        try:
+            with self.place.open(file) as opened:
+                shard = opened.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(file, f"{key} cannot be read: {error}") from error
+        if _crc32(shard) != checksum:
+            raise self._damaged(file, f"the checksum of {key} is wrong")
+        return shard
+
+    def _damaged(self, file: str, why: str) -> BadInput:
+        name = str(self.place).rpartition("/")[2]
+        return BadInput(f"{self.place}/{file} is damaged: {why}. Delete {name}; {OTHER}")
+
+    def _misfit(self, file: str, key: str, name: str, shape: torch.Size) -> BadInput:
+        return BadInput(
+            f"{self.place}/{file}: {key} does not fit into the model's {name}, which is "
+            f"{list(shape)}; {OTHER}"
+        )
 
     def _check_identity(self, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         for key in ours:
             if theirs.get(key) != ours[key]:
                 raise BadInput(
-                    f"{self.path} was saved by a run whose {key} is {theirs.get(key)!r}; of this "
+                    f"{self.place} was saved by a run whose {key} is {theirs.get(key)!r}; of this "
                     f"run it is {ours[key]!r}. Make them the same; else {OTHER}"
                 )
 
 
-def find(resume_from_checkpoint: str | None, directory: Path) -> Path | None:
+def find(
+    resume_from_checkpoint: str | None, place: Directory | Bucket
+) -> Directory | Bucket | None:
     """Return the checkpoint that the flag means, or None if there is none to resume from.
 
-    ``auto`` is the newest in ``directory`` that all hosts have. Raises BadInput where a host misses
-    what the others have.
+    ``auto`` and ``must`` are the newest in ``place`` that all hosts have. Raises BadInput where a
+    host misses what the others have, and where there must be one and is none.
     """
-    if resume_from_checkpoint != "auto":
-        return Path(resume_from_checkpoint).expanduser() if resume_from_checkpoint else None
-    steps = from_hosts(max(_complete(directory), default=0))
+    if resume_from_checkpoint not in NEWEST:
+        return at(resume_from_checkpoint) if resume_from_checkpoint else None
+    complete = place.checkpoints()
+    steps = from_hosts(max(complete, default=0))
     common, latest = int(steps.min().item()), int(steps.max().item())
-    path = directory / _name(common)
-    if latest and not path.is_dir():
+    if latest and common not in complete:
         raise BadInput(
-            f"the hosts have no checkpoint in common: {directory} holds {_name(latest)} on one of "
+            f"the hosts have no checkpoint in common: {place} holds {_name(latest)} on one of "
             f"them, and on another nothing after step {common}. Bring it to all hosts, or {OTHER}"
         )
-    return path if latest else None
+    if not latest and resume_from_checkpoint == "must":
+        raise BadInput(
+            f"there must be a checkpoint to resume from, and {place} has no complete one. Give "
+            "another place, or --resume_from_checkpoint auto to start afresh"
+        )
+    return place / _name(common) if latest else None
 
 
-def remove_after(directory: Path, step: int) -> None:
-    """Remove checkpoints of later steps than ``step``, and what is left of incomplete ones."""
-    for other in _complete(directory):
-        if other > step:
-            _remove(directory / _name(other))
-    for path in directory.glob(".checkpoint-*"):
-        shutil.rmtree(path)
+def remove_after(place: Directory | Bucket, step: int) -> None:
+    """Remove checkpoints of later steps than ``step``, and what is left of incomplete ones.
+
+    Where all hosts have the same place, the first one does it: nobody has begun to save, because no
+    step is done before it, too, takes part in it.
+    """
+    if _removes(place):
+        for other in place.checkpoints():
+            # In a bucket a run that has resumed nothing found none, so there must be a mistake.
+            if other > step and (step or not place.shared):
+                place.remove(_name(other))
+        place.remove_incomplete()
+
+
+def _removes(place: Directory | Bucket) -> bool:
+    """Return whether this host is the one that removes checkpoints of all hosts there."""
+    return not place.shared or xr.process_index() == 0
 
 
 def _name(step: int) -> str:
     return f"checkpoint-{step}"
 
 
-def _complete(directory: Path) -> list[int]:
-    """Return the steps of the checkpoints in ``directory``, ascending."""
-    names = (path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+def _local_shards(state: Mapping[str, torch.Tensor], once: bool) -> dict[str, torch.Tensor]:
+    """Return copies of this host's shards of all tensors, each part once, by name and place.
 
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; under its name it is whole or not there at any moment."""
-    if path.exists():
-        hidden = path.with_name(f".{path.name}.removed")
-        path.rename(hidden)
-        shutil.rmtree(hidden)
-
-
-def _local_shards(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return copies of this host's shards of all tensors, each part once, by name and place."""
+    With ``once``, each part once on all hosts together.
+    """
     shards = {}
     for name, tensor in state.items():
         local = torch_xla._XLAC._get_local_shards([tensor])[0]
-        for place, (shard, _) in zip(local_places(tensor), local, strict=True):
-            shards[_key(name, place)] = shard
+        for (replica, part), (shard, _) in zip(local_replicas(tensor), local, strict=True):
+            if replica == 0 or not once:
+                shards[_key(name, part)] = shard
     return shards
 
 
@@ -292,12 +318,3 @@ def _overlap(a: Range, b: Range) -> int:
 
 def _crc32(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.contiguous().view(torch.uint8).numpy())
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

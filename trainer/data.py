@@ -50,13 +50,15 @@ class Batch(NamedTuple):
     """Some ``rows`` of a global batch of ``size`` rows.
 
     ``tokens`` are int32 [rows, block_size]; ``segments``, like them, count the documents of a row
-    from 0, and are None unless they are asked for.
+    from 0, and are None unless they are asked for. Of an evaluation's batch the first ``counted``
+    global rows count; the others only fill it up.
     """
 
     tokens: np.ndarray
     segments: np.ndarray | None
     rows: Sequence[int]
     size: int
+    counted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -248,13 +250,15 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield ``rows`` of global batches that have every block once, in order.
 
-    The last batch is completed from the beginning.
+    The last batch is completed from the beginning, with rows that do not count.
     """
     import numpy as np
 
+    count = len(blocks.tokens)
     steps = steps_per_epoch(blocks, global_batch, drop_last=False)
-    for chosen in np.resize(np.arange(len(blocks.tokens)), (steps, global_batch)):
-        yield _batch(blocks, chosen, rows, isolate)
+    for step, chosen in enumerate(np.resize(np.arange(count), (steps, global_batch))):
+        counted = min(global_batch, count - step * global_batch)
+        yield _batch(blocks, chosen, rows, isolate)._replace(counted=counted)
 
 
 def _batch(blocks: Blocks, chosen: np.ndarray, rows: Sequence[int], isolate: bool) -> Batch:

@@ -2,7 +2,6 @@
 
 import math
 import signal
-import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +19,7 @@ from transformers import MixtralForCausalLM
 from trainer.checkpoint import Saver
 from trainer.data import Batch
 from trainer.metrics import MetricsWriter
-from trainer.model import causal_lm_loss, training_loss
+from trainer.model import IGNORED, causal_lm_loss, targets, training_loss
 from trainer.optimizer import Adafactor, clip_gradients
 from trainer.profiling import Profiler
 from trainer.sharding import BATCH_SHARDING, from_hosts, from_rows, shard
@@ -111,16 +110,21 @@ def train_step(
 
 @torch.no_grad()
 def evaluate(model: MixtralForCausalLM, batches: Iterable[Batch], *, recompute: bool) -> float:
-    """Return the mean cross-entropy of batches, in nats per token.
+    """Return the mean cross-entropy of all predicted tokens that count, in nats.
 
     Raises TrainingFailed if it is not finite.
     """
-    losses = []
+    sums = []
     for batch in batches:
-        cross_entropy, _ = causal_lm_loss(model, *_on_mesh(batch), recompute=recompute)
-        losses.append(cross_entropy)
+        tokens, segments = _on_mesh(batch)
+        counted = np.less(batch.rows, batch.counted)[:, None]
+        inputs = tokens, segments, from_rows(counted, batch.rows, batch.size)
+        cross_entropy, _ = causal_lm_loss(model, *inputs, recompute=recompute)
+        count = (targets(*inputs) != IGNORED).sum()
+        sums.append(torch.stack([cross_entropy * count, count.float()]))
         torch_xla.sync()
-    mean = statistics.fmean(loss.item() for loss in losses)
+    losses, counts = zip(*(pair.tolist() for pair in sums), strict=True)
+    mean = math.fsum(losses) / math.fsum(counts)
     if not math.isfinite(mean):
         raise TrainingFailed(f"the loss of the validation text is {mean}: training diverged")
     return mean

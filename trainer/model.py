@@ -126,6 +126,7 @@ def causal_lm_loss(
     model: MixtralForCausalLM,
     tokens_BT: torch.Tensor,
     segments_BT: torch.Tensor | None = None,
+    counted_B1: torch.Tensor | None = None,
     *,
     recompute: bool = True,
 ) -> tuple[torch.Tensor, experts.Routing]:
@@ -138,6 +139,7 @@ def causal_lm_loss(
         tokens_BT: int64 on the mesh, split on the batch. Position t predicts position t + 1.
         segments_BT: int32 like tokens_BT, the document of every position: it sees no other one,
             and does not predict the first token of the next. None: one document.
+        counted_B1: boolean, split like tokens_BT: whose tokens are in the mean. None: all.
         recompute: run the layers as a scan that recomputes them in backward (activation
             checkpointing); else one after the other, keeping their activations.
     """
@@ -156,11 +158,24 @@ def causal_lm_loss(
     )
     head_VH = assemble(model.lm_head.weight, partition_spec("lm_head.weight"))
     logits_BTV = F.linear(hidden_BTH[:, :-1], head_VH).float()
+    targets_BT = targets(tokens_BT, segments_BT, counted_B1)
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
+    return loss, routing
+
+
+def targets(
+    tokens_BT: torch.Tensor,
+    segments_BT: torch.Tensor | None = None,
+    counted_B1: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return what all positions but the last are to predict, IGNORED where nothing counts.
+
+    The arguments are those of :func:`causal_lm_loss`.
+    """
     targets_BT = tokens_BT[:, 1:]
     if segments_BT is not None:
         targets_BT = targets_BT.where(segments_BT[:, 1:] == segments_BT[:, :-1], IGNORED)
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
-    return loss, routing
+    return targets_BT if counted_B1 is None else targets_BT.where(counted_B1, IGNORED)
 
 
 def training_loss(

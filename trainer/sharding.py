@@ -140,14 +140,36 @@ def put(data: torch.Tensor, spec: Spec) -> torch.Tensor:
     return shard(data.to(torch_xla.device()), spec)
 
 
-def local_places(tensor: torch.Tensor) -> list[Range]:
-    """Return which part of a sharded ``tensor`` each of this host's devices holds."""
+def local_replicas(tensor: torch.Tensor) -> list[tuple[int, Range]]:
+    """Return which part of a sharded ``tensor`` each of this host's devices holds, and which copy.
+
+    Of the devices of all hosts that hold the same part, one has copy 0.
+    """
     places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
     whole = tuple((0, size) for size in tensor.shape)
     return [
-        whole if indices is Ellipsis else tuple((index.start, index.stop) for index in indices)
-        for _, indices in places
+        (copy, whole if at is Ellipsis else tuple((index.start, index.stop) for index in at))
+        for copy, at in places
     ]
+
+
+def local_places(tensor: torch.Tensor) -> list[Range]:
+    """Return which part of a sharded ``tensor`` each of this host's devices holds."""
+    return [place for _, place in local_replicas(tensor)]
+
+
+def local_parts(shape: tuple[int, ...], spec: Spec) -> set[Range]:
+    """Return which parts this host's devices would hold of a tensor of ``shape`` and ``spec``.
+
+    The mesh must split it evenly.
+    """
+    counts = [parts((axes,)) for axes in spec]
+    probe = shard(torch.zeros(counts).to(torch_xla.device()), spec)
+    sizes = [size // count for size, count in zip(shape, counts, strict=True)]
+    return {
+        tuple((start * size, stop * size) for (start, stop), size in zip(place, sizes, strict=True))
+        for place in local_places(probe)
+    }
 
 
 def local_rows(batch: int) -> np.ndarray:

@@ -77,11 +77,16 @@ def broken_off_run(look: Look, wanted: Mapping[str, Any], name: str = "") -> str
 def resume_complaints(
     own: str, looks: Mapping[str, Look], wanted: Mapping[str, Any], resume: str, name: str
 ) -> Iterator[str]:
-    """Yield why no run can be resumed on worker ``own``, where one has to be, or must not start."""
+    """Yield why no run can be resumed on worker ``own``, where one has to be, or must not start.
+
+    Where ``resume`` is ``bucket``, checkpoints are not on workers, and the trainer looks for them.
+    """
     anew = "Start anew: -e resume=never"
     if resume == "never":
         if name and looks[own]["exists"]:
             yield f"Run {name} is here already, and resume is never. Give another run_name"
+        return
+    if resume == "bucket":
         return
     runs = {worker: broken_off_run(look, wanted, name) for worker, look in looks.items()}
     others = {worker: run for worker, run in runs.items() if run not in (None, runs[own])}

@@ -131,6 +131,14 @@ def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(start: Start, tmp_pa
     assert '"train_worker_dir": "/mnt/runs/{{ inventory_hostname }}"' in trained[0]
 
 
+def test_what_is_saved_in_a_bucket_needs_no_disk(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "train.yml").write_text("rm train.yml; touch preempted; exit 2")
+    train = "-e save_strategy=steps -e checkpoint_bucket=gs://my-bucket/runs"
+    assert start(RESTARTS="1", TRAIN=train, RUN_NAME="r").wait(20) == 0
+    trained = [line for line in said(tmp_path) if line.startswith("train.yml")]
+    assert trained == [f"train.yml {train} -e run_name=r"] * 2
+
+
 def test_restarts_come_to_an_end_and_are_for_preemption_alone(start: Start, tmp_path: Path) -> None:
     (tmp_path / "mounted").touch()
     (tmp_path / "train.yml").write_text("touch preempted; exit 2")
@@ -148,7 +156,7 @@ def test_restarts_come_to_an_end_and_are_for_preemption_alone(start: Start, tmp_
     [
         ({"TPU_NAME": ""}, "which slice? export TPU_NAME"),
         ({"RESTARTS": "many"}, "RESTARTS is many: a number is needed"),
-        ({"RESTARTS": "1"}, "RESTARTS=1 needs WORKER_DIR"),
+        ({"RESTARTS": "1"}, "RESTARTS=1 needs what outlives the slice"),
     ],
 )
 def test_what_cannot_go_well_does_not_begin(

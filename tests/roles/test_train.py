@@ -209,10 +209,27 @@ def test_the_hub_is_reached_as_from_the_controller_and_with_the_workers_login(
             "/a/checkpoint-4",
         ),
         ({"save_strategy": "steps", "stack": "guide"}, None),
+        ({"run_name": "mine", "checkpoint_bucket": "gs://b/p"}, "auto"),
+        ({"run_name": "mine", "checkpoint_bucket": "gs://b/p", "resume": "must"}, "must"),
+        ({"run_name": "mine", "checkpoint_bucket": "gs://b/p", "resume": "never"}, None),
+        (
+            {
+                "checkpoint_bucket": "gs://b/p",
+                "resume_from_checkpoint": "gs://b/other/checkpoint-4",
+            },
+            "gs://b/other/checkpoint-4",
+        ),
     ],
 )
 def test_a_run_begins_as_it_is_resumed(resolve, public, flag):
     assert (resolve("train__flags_of_run", **public)["resume_from_checkpoint"] or None) == flag
+
+
+@pytest.mark.parametrize("bucket", ["gs://my-bucket/path", "gs://my-bucket/path/"])
+def test_every_run_has_a_path_of_its_own_in_the_bucket(resolve, bucket):
+    public = {"checkpoint_bucket": bucket, "run_name": "mine"}
+    for flags in ("train__flags_of_run", "train__flags_on_controller"):
+        assert resolve(flags, **public)["checkpoint_bucket"] == "gs://my-bucket/path/mine"
 
 
 def test_a_tpu_keeps_what_it_has_compiled_for_each_image(resolve):

@@ -132,6 +132,39 @@ def test_a_run_is_continued_where_it_is_resumed(argv: list[str], tmp_path: Path)
     assert validate([*elsewhere, "--overwrite_output_dir"], {})
 
 
+@pytest.mark.parametrize(
+    ("resumed", "continues"),
+    [
+        ("auto", True),
+        ("must", True),
+        ("gs://my-bucket/runs/a/checkpoint-4", True),
+        ("gs://my-bucket/runs/a/checkpoint-4/", True),
+        ("gs://my-bucket/runs/b/checkpoint-4", False),
+        ("out/checkpoint-4", False),
+    ],
+)
+def test_checkpoints_in_a_bucket_are_a_run_s(
+    argv: list[str], resumed: str, continues: bool
+) -> None:
+    flags = ["--save_strategy", "steps", "--checkpoint_bucket", "gs://my-bucket/runs/a"]
+    training = validate([*argv, *flags, "--resume_from_checkpoint", resumed], {}).training
+    assert training.continues is continues
+    assert not validate([*argv, *flags], {}).training.continues
+
+
+@pytest.mark.parametrize(
+    "address", ["my-bucket/a", "/mnt/a", "s3://my-bucket/a", "gs://", "gs://My/a"]
+)
+def test_an_address_that_is_none_of_a_bucket_is_refused(argv: list[str], address: str) -> None:
+    flags = ["--save_strategy", "steps", "--checkpoint_bucket", address]
+    assert f"checkpoint_bucket is {address!r}; a place in a bucket is gs://" in refusal(
+        [*argv, *flags]
+    )
+    if "://" in address:
+        message = refusal([*argv, "--resume_from_checkpoint", f"{address}/checkpoint-4"])
+        assert f"resume_from_checkpoint is '{address}/checkpoint-4'; a place in a bucket" in message
+
+
 @pytest.mark.parametrize("flag", ["--save_steps", "--save_total_limit"])
 def test_checkpoints_are_counted_from_one(argv: list[str], flag: str) -> None:
     assert f"{flag}: '0' is not allowed" in refusal([*argv, "--save_strategy", "steps", flag, "0"])
@@ -144,6 +177,10 @@ def test_checkpoints_are_counted_from_one(argv: list[str], flag: str) -> None:
         ("--eval_steps 5", "--eval_steps 5 would be ignored without --eval_strategy steps"),
         ("--per_device_eval_batch_size 4", "would be ignored without --do_eval"),
         ("--validation_file a.txt", "--validation_file a.txt would be ignored without --do_eval"),
+        (
+            "--checkpoint_bucket gs://my-bucket/a",
+            "--checkpoint_bucket gs://my-bucket/a would be ignored without --save_strategy steps",
+        ),
         ("--logging_dir d", "--logging_dir d would be ignored without --report_to tensorboard"),
         (
             "--lr_scheduler_type constant --warmup_steps 3",

@@ -142,6 +142,7 @@ def test_a_run_is_resumed_that_broke_off_or_is_named(found, name, run):
         ("never", "", BROKEN_OFF, IDLE, []),
         ("never", "run-1", BROKEN_OFF, BROKEN_OFF, ["here already, and resume is never"]),
         ("never", "mine", IDLE, IDLE, []),
+        ("bucket", "run-1", NO_CHECKPOINT, IDLE, []),
         ("must", "", BROKEN_OFF, BROKEN_OFF, []),
         ("must", "", IDLE, IDLE, ["no checkpoint of a last run here", "save_strategy=steps"]),
         ("must", "mine", IDLE, IDLE, ["there is no checkpoint of run mine here"]),

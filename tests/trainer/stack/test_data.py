@@ -269,6 +269,9 @@ def test_the_text_to_evaluate_on_is_not_trained_on(argv, book: Path, tmp_path: P
     assert np.array_equal(whole[: len(packed.validation.tokens)], packed.validation.tokens)
     for share, batch in zip(*shares, strict=True):
         assert np.array_equal(share.tokens, batch.tokens[[0, 4]])
+        assert share.counted == batch.counted
+    assert sum(batch.counted for batch in shares[1]) == len(packed.validation.tokens)
+    assert {batch.counted for batch in shares[1][:-1]} == {7}
 
 
 def write_parquet(path: Path, **columns: list) -> Path:

@@ -1,7 +1,10 @@
 """Loss and every gradient against transformers' own eager Mixtral, in fp32 on plain CPU."""
 
+import itertools
+import math
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tests.trainer.stack.layout import as_transformers
-from trainer import experts, model
-from trainer.sharding import BATCH_SHARDING, make_mesh, shard
+from trainer import experts, loop, model
+from trainer.data import Blocks, validation_batches
+from trainer.sharding import BATCH_SHARDING, local_rows, make_mesh, shard
 
 TINY = {
     "model_type": "mixtral",
@@ -51,8 +55,8 @@ def loss_and_gradients(built, *inputs, recompute: bool):
     return {name: value.detach().cpu() for name, value in values.items()}
 
 
-def reference(built, config: dict, batch, lengths: list[list[int]] | None = None):
-    """transformers' own loss and gradients, with ``lengths`` of each document of a row alone."""
+def eager_of(built, config: dict) -> MixtralForCausalLM:
+    """transformers' own model with the same weights."""
     eager = MixtralForCausalLM._from_config(
         MixtralConfig.from_dict(config),
         attn_implementation="eager",
@@ -60,6 +64,12 @@ def reference(built, config: dict, batch, lengths: list[list[int]] | None = None
         dtype=torch.float32,
     )
     eager.load_state_dict(as_transformers(built.state_dict()))
+    return eager
+
+
+def reference(built, config: dict, batch, lengths: list[list[int]] | None = None):
+    """transformers' own loss and gradients, with ``lengths`` of each document of a row alone."""
+    eager = eager_of(built, config)
     if not lengths:
         # Its loss is as config says; routers' logits it gives only where they are in the loss.
         loss = eager(input_ids=batch, labels=batch).loss
@@ -141,6 +151,28 @@ def test_packed_documents_do_not_see_each_other(recompute):
     ids = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS]
     ours = loss_and_gradients(built, batch, torch.stack(ids).int(), recompute=recompute)
     assert_agree(ours, reference(built, config, batch, LENGTHS))
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_an_evaluation_has_every_predicted_token_once(isolate, devices):
+    config = TINY | {"num_hidden_layers": 1}
+    built, batch = on_mesh(config, "gmm"), tokens(config, batch=11)
+    lengths = [3, 40, 29, 100, 1, 60, 119]
+    ends = np.cumsum(lengths)
+    text = Blocks(batch.int().numpy(), bytes_per_token=1.0, tokenizer=None, ends=ends)
+    batches = validation_batches(text, local_rows(8), 8, isolate)
+    found = loop.evaluate(built, batches, recompute=True)
+
+    eager = eager_of(built, config)
+    borders = sorted({*range(0, batch.numel() + 1, batch.shape[1]), *(ends if isolate else ())})
+    pieces = [batch.flatten()[a:b][None] for a, b in itertools.pairwise(borders)]
+    with torch.no_grad():
+        sums = [
+            F.cross_entropy(eager(one).logits[0, :-1], one[0, 1:], reduction="sum").item()
+            for one in pieces
+        ]
+    expected = math.fsum(sums) / sum(one.numel() - 1 for one in pieces)
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_without_recomputation_nothing_changes():
