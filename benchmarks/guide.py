@@ -153,6 +153,6 @@ if __name__ == "__main__":
 
     experts.register = attention.register = register
     sharding.PARAMETER_SHARDING = PARAMETER_SHARDING
-    sharding.torus_planes = lambda devices: 1
+    sharding.torus_planes = lambda devices: (1, 1)
     loop.causal_lm_loss = causal_lm_loss
     lowering.main(sys.argv[1:])

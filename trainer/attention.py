@@ -17,6 +17,8 @@ import torch_xla.runtime as xr
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from transformers import AttentionInterface, MixtralConfig
+from transformers.models.llama.modeling_llama import rotate_half as llama_rotate_half
+from transformers.models.mixtral import modeling_mixtral
 
 from trainer.config import head_dim
 
@@ -27,9 +29,24 @@ BLOCK = 512  # positions of queries and of keys that are in VMEM at a time
 
 
 def register() -> None:
-    """Make both known to transformers as ``attn_implementation``."""
+    """Make both known to transformers as ``attn_implementation``, and ``rotate_half`` its own."""
+    modeling_mixtral.rotate_half = rotate_half
     AttentionInterface.register(FLASH, flash)
     AttentionInterface.register(DENSE, dense)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Return what transformers' function of this name does: ``[-x2, x1]`` of the halves of x.
+
+    In bfloat16 as a product with a matrix of zeros and ones, which is exact: on a TPU the halves of
+    a head are parts of registers, and putting them together anew takes longer than the product.
+    """
+    if x.dtype != torch.bfloat16:
+        return llama_rotate_half(x)
+    half = x.shape[-1] // 2
+    one = torch.eye(half, dtype=x.dtype, device=x.device)
+    zero = torch.zeros_like(one)
+    return x @ torch.cat([torch.cat([zero, one], dim=1), torch.cat([-one, zero], dim=1)])
 
 
 def kernel_of(config: MixtralConfig, length: int) -> str:

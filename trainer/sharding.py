@@ -59,31 +59,37 @@ def partition_spec(name: str) -> Spec:
     raise KeyError(f"no row of PARAMETER_SHARDING matches the parameter {name!r}")
 
 
-def make_mesh(devices: int, *, tensor: int = 1, slices: int = 1, planes: int = 0) -> xs.Mesh:
+def make_mesh(
+    devices: int, *, tensor: int = 1, slices: int = 1, planes: tuple[int, int] | None = None
+) -> xs.Mesh:
     """Return the mesh over all ``devices`` and make it the global one.
 
-    ``fsdp`` gets what the other two axes leave; both must divide ``devices``. Where a slice is so
-    many planes, by default as :func:`torus_planes` finds, neighbours along ``fsdp`` are a column
-    through all of them: see :func:`fsdp_stages`.
+    ``fsdp`` gets what the other two axes leave; both must divide ``devices``. ``planes``, by
+    default as :func:`torus_planes` finds, are how many a slice is cut into where weights are
+    gathered and where gradients are scattered. Neighbours along ``fsdp`` are a column through all
+    of them: see :func:`fsdp_stages`.
     """
     planes = planes or torus_planes(xr.global_runtime_device_attributes())
     shape = (slices, devices // slices // tensor, tensor)
-    order = np.arange(devices).reshape(slices, planes, -1, tensor).swapaxes(1, 2)
+    order = np.arange(devices).reshape(slices, max(planes), -1, tensor).swapaxes(1, 2)
     mesh = xs.Mesh(order.ravel(), shape, AXES)
-    mesh.planes = planes
+    mesh.gather_planes, mesh.scatter_planes = planes
     xs.set_global_mesh(mesh)
     return mesh
 
 
-def torus_planes(devices: list[dict[str, Any]]) -> int:
-    """Return how many planes a slice of ``devices``, with their coordinates, has along its z axis.
+def torus_planes(devices: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return into how many planes a slice of ``devices`` is cut to gather, and to scatter.
 
-    1 for anything but a torus of three dimensions, whose devices count x first and z last. There a
-    reduce-scatter over all three dimensions at once becomes an all-reduce of twice the bytes.
+    Over all of a torus at once the compiler makes an all-reduce, of more bytes, of a
+    reduce-scatter, and in three dimensions of an all-gather too. So it is cut along its last axis,
+    where there are four chips or more along each. Devices count along the first axis first.
     """
     coords = np.array([device.get("coords", [0]) for device in devices])
-    bounds = coords.max(0) + 1
-    return int(bounds[2]) if len(bounds) == 3 and bounds.min() >= 4 else 1
+    bounds = [int(bound) for bound in coords.max(0) + 1 if bound > 1]
+    if len(bounds) < 2 or min(bounds) < 4:
+        return 1, 1
+    return (bounds[-1] if len(bounds) == 3 else 1), bounds[-1]
 
 
 def size(axis: str) -> int:
@@ -102,7 +108,7 @@ def groups(axis: str) -> list[list[int]]:
     return np.moveaxis(devices, AXES.index(axis), -1).reshape(-1, size(axis)).tolist()
 
 
-def fsdp_stages() -> list[list[list[int]]]:
+def fsdp_stages(planes: int) -> list[list[list[int]]]:
     """Return the groups of devices that a gather over ``fsdp`` takes one after the other.
 
     Gathered last, and scattered first, is what takes most of the bytes: a plane of a torus, which
@@ -111,7 +117,7 @@ def fsdp_stages() -> list[list[list[int]]]:
     """
     mesh = xs.get_global_mesh()
     slices, fsdp, tensor = mesh.mesh_shape
-    devices = mesh.get_logical_mesh().reshape(slices, fsdp // mesh.planes, mesh.planes, tensor)
+    devices = mesh.get_logical_mesh().reshape(slices, fsdp // planes, planes, tensor)
     stages = [np.moveaxis(devices, axis, -1) for axis in (2, 1)]
     return [stage.reshape(-1, stage.shape[-1]).tolist() for stage in stages if stage.shape[-1] > 1]
 
@@ -268,7 +274,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, shard_: torch.Tensor, dim: int) -> torch.Tensor:
         ctx.dim = dim
         whole = shard_ * 1
-        for stage in fsdp_stages():
+        for stage in fsdp_stages(xs.get_global_mesh().gather_planes):
             members = tuple(map(tuple, stage))
             computation = _all_gather_computation(tuple(whole.shape), whole.dtype, dim, members)
             (whole,) = torch_xla._XLAC._xla_user_computation(
@@ -279,7 +285,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         # Scale 1: the loss is the mean over the global batch already, so the shares add up.
-        for stage in reversed(fsdp_stages()):
+        for stage in reversed(fsdp_stages(xs.get_global_mesh().scatter_planes)):
             gradient = torch_xla._XLAC._xla_spmd_reduce_scatter(
                 xm.REDUCE_SUM, gradient, 1.0, ctx.dim, len(stage[0]), stage
             )

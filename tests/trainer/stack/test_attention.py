@@ -89,3 +89,13 @@ def test_the_kernel_for_a_model_on_a_tpu(monkeypatch, changes, length, kernel):
     assert attention.kernel_of(config, length) == "dense"
     monkeypatch.setattr(xr, "device_type", lambda: "TPU")
     assert attention.kernel_of(config, length) == kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_halves_are_rotated_exactly(dtype):
+    x = draw(HEADS, 1).to(dtype)
+    ours = outcome(attention.rotate_half, [x], torch_xla.device())
+    theirs = outcome(
+        lambda x: torch.cat((-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]), -1), [x], "cpu"
+    )
+    assert all(torch.equal(mine, expected) for mine, expected in zip(ours, theirs, strict=True))

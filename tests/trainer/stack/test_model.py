@@ -108,11 +108,13 @@ MESHES = {
     "fsdp": {},
     "2d": {"tensor": 2},
     "slices": {"slices": 2},
-    "planes": {"planes": 2},  # as on a torus of three dimensions
+    "planes": {"planes": (2, 2)},  # as on a torus of three dimensions
+    "rows": {"planes": (1, 2)},  # as on one of two
 }
 CASES = [("fsdp", mode) for mode in experts.MODES]
 if os.environ["CPU_NUM_DEVICES"] != "1":
-    CASES += [("2d", mode) for mode in experts.MODES] + [("slices", "gmm"), ("planes", "gmm")]
+    CASES += [("2d", mode) for mode in experts.MODES]
+    CASES += [(axes, "gmm") for axes in ("slices", "planes", "rows")]
 
 
 @pytest.mark.parametrize(("axes", "mode"), CASES)
