@@ -20,6 +20,7 @@ import torch_xla.experimental.custom_kernel as pallas
 from torch_xla.distributed.fsdp import checkpoint_module
 from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral import modeling_mixtral
 
 from trainer import attention, experts, loop, lowering, sharding
 from trainer.grouped_matmul import TILES
@@ -148,6 +149,7 @@ if __name__ == "__main__":
         """Register what is above instead of the trainer's own."""
         register_experts()
         register_attention()
+        modeling_mixtral.rotate_half = attention.llama_rotate_half
         ALL_EXPERTS_FUNCTIONS.register("gmm", gmm)
         AttentionInterface.register(attention.FLASH, flash)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer import program
+from trainer import program, tpu
 from trainer.arguments import Arguments, parse
 from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
 
@@ -60,6 +60,7 @@ def pretend_to_be(slice_: Slice) -> None:
     torch.zeros(1).to(torch_xla.device()).cpu()  # XLA's client exists before the first backward
     # The trainer chooses, and JAX lowers, the kernels of a TPU.
     xr.device_type = lambda: "TPU"
+    tpu.current_chip = lambda: slice_.chip
     lower = stages.Traced.lower
     stages.Traced.lower = lambda self, **_: lower(self, lowering_platforms=("tpu",))
     coordinates = [{"coords": list(device.coords)} for device in topology(slice_)]

@@ -30,7 +30,7 @@ KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, that the modelled Palla
 REMEDIES = {
     "Unsupported version: expected": "libtpu is older than the kernels that jax writes: install "
     "the libtpu that the stack's lock file pins",
-    "memory space vmem": "a kernel's tiles are too large for the chip's VMEM: make TILE_BYTES in "
+    "memory space vmem": "a kernel's tiles are too large for the chip's VMEM: make TILES in "
     "trainer/grouped_matmul.py, or BLOCK in trainer/attention.py, smaller",
 }
 
