@@ -15,7 +15,8 @@ each generation that holds it, found by trying.
 ``guide``: the step on v5p-256 beside the guide's formulation of it (benchmarks/guide.py), of which
 each layer is compiled anew: from two and from four layers follow all 32.
 
-Without a word all three, some minutes each.
+Without a word all three: some minutes for each plan, longest where the compiler tries hard to save
+memory before it gives up.
 """
 
 import argparse
