@@ -398,7 +398,8 @@ def seconds(one: Collective, slice_: Slice) -> float:
     """Return how long one execution of a collective takes over the slice's links, if it is alone.
 
     The members of a group lie along some of the torus' axes. Along each a chip takes in from both
-    neighbours at once where the axis is a ring, else from one.
+    neighbours at once where the axis is a ring, else from one. Rings are axes of 16 chips in two
+    dimensions; in three all, but only of slices that are made of whole cubes of 4 x 4 x 4.
     """
     chip, shape = slice_.chip, slice_.topology
     within = math.prod(shape)
@@ -407,9 +408,9 @@ def seconds(one: Collective, slice_: Slice) -> float:
     # Devices count along x first.
     places = np.array(np.unravel_index([m % within for m in one.group], shape[::-1])).T[:, ::-1]
     link = chip.ici_bytes_per_s / (4 * chip.dimensions)  # two links an axis, two directions a link
-    ring = 4 if chip.dimensions == 3 else 16
+    cubes = chip.dimensions == 3 and not any(side % 4 for side in shape)
     ways = sum(
-        2 if side % ring == 0 else 1
+        2 if cubes or (chip.dimensions == 2 and side == 16) else 1
         for side, along in zip(shape, places.T, strict=True)
         if len(set(along)) > 1
     )

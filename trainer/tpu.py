@@ -89,7 +89,7 @@ CHIPS = {
             (*_TORUS_3D, *range(64, 4097, 64)),
             "v4",
         ),
-        Chip("v5e", 197e12, 16 * GIB, 819e9, 400e9, 6.25e9, 1, 4, 8, _TORUS_2D, "v5e"),
+        Chip("v5e", 197e12, 16 * GIB, 819e9, 400e9, 3.125e9, 1, 4, 8, _TORUS_2D, "v5e"),
         Chip(
             "v5p",
             459e12,

@@ -107,13 +107,24 @@ def test_a_loop_counts_once_for_every_layer_and_a_repeated_text_once():
 
 
 @pytest.mark.parametrize(
-    ("group", "links"),
+    ("chip", "topology", "group", "links"),
     # Along x and y of a 4x4x8 torus are two rings, along z is one; a link is 100 GB/s each way.
-    [(range(16), 4), (range(0, 128, 16), 2), (range(4), 2), (range(128), 6), ((0, 1), 2)],
+    [
+        ("v5p", (4, 4, 8), range(16), 4),
+        ("v5p", (4, 4, 8), range(0, 128, 16), 2),
+        ("v5p", (4, 4, 8), range(4), 2),
+        ("v5p", (4, 4, 8), range(128), 6),
+        ("v5p", (4, 4, 8), (0, 1), 2),
+        # Smaller than a cube of 4x4x4, a slice has no rings.
+        ("v5p", (2, 4, 4), range(32), 3),
+        ("v6e", (16, 16), range(256), 4),
+        ("v6e", (8, 16), range(128), 3),
+        ("v6e", (8, 8), range(64), 2),
+    ],
 )
-def test_a_collective_has_the_links_of_the_axes_that_it_spans(group, links):
+def test_a_collective_has_the_links_of_the_axes_that_it_spans(chip, topology, group, links):
     one = program.Collective("all-gather", "weights", 1e9, 1, tuple(group), 0)
-    slice_ = Slice(CHIPS["v5p"], (4, 4, 8))
+    slice_ = Slice(CHIPS[chip], topology)
     assert program.seconds(one, slice_) == pytest.approx(1e9 / (links * 100e9))
 
 
