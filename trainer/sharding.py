@@ -69,8 +69,11 @@ def make_mesh(
     gathered and where gradients are scattered. Neighbours along ``fsdp`` are a column through all
     of them: see :func:`fsdp_stages`.
     """
-    planes = planes or torus_planes(xr.global_runtime_device_attributes())
-    shape = (slices, devices // slices // tensor, tensor)
+    fsdp = devices // slices // tensor
+    if not planes:
+        found = torus_planes(xr.global_runtime_device_attributes())
+        planes = tuple(count if fsdp % count == 0 else 1 for count in found)
+    shape = (slices, fsdp, tensor)
     order = np.arange(devices).reshape(slices, max(planes), -1, tensor).swapaxes(1, 2)
     mesh = xs.Mesh(order.ravel(), shape, AXES)
     mesh.gather_planes, mesh.scatter_planes = planes
