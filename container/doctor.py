@@ -8,8 +8,8 @@ that fails stand what does not fit and the command that mends it. Exit code 1 wh
 * what is installed is what the lock files pin, and where it came from; CUDA's libraries (.cuda.txt)
   only where torch is the build that loads them
 * torch, torch_xla and what else the trainer imports load together
-* the Pallas kernels of the trainer, Megablox forward and backward and flash attention forward and
-  backward, compile for the chip with the stack's own libtpu
+* torch_xla's Pallas kernels, Megablox forward and backward and flash attention forward and
+  backward, compile for the chip with the stack's own libtpu; of a whole step the plan says that
 * with --device: the TPU is there, and nobody else holds it
 
 A check runs in a process of its own, because a library that does not fit may end the process
@@ -134,7 +134,7 @@ def load() -> None:
 
 
 def kernels(accelerator_type: str) -> None:
-    """Compile the trainer's Pallas kernels, each a program of its own, and name those that did."""
+    """Compile torch_xla's Pallas kernels, each a program of its own, and name those that did."""
     import torch
     import torch_xla
     import torch_xla.experimental.custom_kernel as pallas

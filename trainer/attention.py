@@ -1,18 +1,16 @@
 """Causal attention for transformers' ``AttentionInterface``: Pallas on TPU, dense elsewhere.
 
-``pallas_flash``   torch_xla's flash attention, as in the guide: one key for each query head.
 ``pallas_splash``  JAX's splash attention: grouped heads share their key, and what a window hides
                    is not computed.
-``dense``          softmax over all positions, on any device; the reference for the other two.
+``dense``          softmax over all positions, on any device; the reference for the other.
 
-All take ``segment_ids``, the document of every position, where documents must not see each other.
-None has a mask function: transformers then builds no mask and reads nothing from the device.
+Both take ``segment_ids``, the document of every position, where documents must not see each other.
+Neither has a mask function: transformers then builds no mask and reads nothing from the device.
 """
 
 import jax
 import torch
 import torch_xla.core.xla_builder as xb
-import torch_xla.experimental.custom_kernel as pallas
 import torch_xla.runtime as xr
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -29,7 +27,9 @@ BLOCK = 512  # positions of queries and of keys that are in VMEM at a time
 
 
 def register() -> None:
-    """Make both known to transformers as ``attn_implementation``, and ``rotate_half`` its own."""
+    """Make both known to transformers as ``attn_implementation``, and replace its ``rotate_half``,
+    for which it has no registry.
+    """
     modeling_mixtral.rotate_half = rotate_half
     AttentionInterface.register(FLASH, flash)
     AttentionInterface.register(DENSE, dense)
@@ -53,25 +53,16 @@ def kernel_of(config: MixtralConfig, length: int) -> str:
     """Return the kernel that a model of ``config`` runs here on sequences of ``length``."""
     if config._attn_implementation != FLASH or xr.device_type() != "TPU":
         return "dense"
-    window = config.sliding_window
-    grouped = config.num_key_value_heads < config.num_attention_heads
-    if not grouped and not (window and window < length):
-        return "pallas_flash"
     fits = length % LANES == 0 and head_dim(config.to_dict()) % LANES == 0
     return "pallas_splash" if fits else "dense"
 
 
 def flash(module, query, key, value, attention_mask, *, scaling: float, segment_ids=None, **kwargs):
-    """The Pallas kernel that :func:`kernel_of` names, or :func:`dense`, whose arguments it has."""
-    kernel = kernel_of(module.config, query.shape[2])
-    if kernel == "dense":
+    """:func:`splash` or :func:`dense`, as :func:`kernel_of` says, with the latter's arguments."""
+    if kernel_of(module.config, query.shape[2]) == "dense":
         options = kwargs | {"scaling": scaling, "segment_ids": segment_ids}
         return dense(module, query, key, value, attention_mask, **options)
-    if kernel == "pallas_flash":
-        ids = {"q_segment_ids": segment_ids, "kv_segment_ids": segment_ids}
-        out = pallas.flash_attention(query, key, value, causal=True, sm_scale=scaling, **ids)
-    else:
-        out = splash(query * scaling, key, value, module.config.sliding_window, segment_ids)
+    out = splash(query * scaling, key, value, module.config.sliding_window, segment_ids)
     return out.transpose(1, 2), None
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torch_xla
 import torch_xla.runtime as xr
 from transformers import MixtralConfig
+from transformers.models.mixtral import modeling_mixtral
 
 from trainer import attention
 
@@ -76,9 +77,7 @@ def test_splash_and_its_gradients_are_those_of_plain_attention(kv_heads, window,
     ("changes", "length", "kernel"),
     [
         ({}, 1024, "pallas_splash"),
-        ({"num_key_value_heads": 8}, 1024, "pallas_flash"),
-        ({"num_key_value_heads": 8, "sliding_window": 512}, 1024, "pallas_splash"),
-        ({"num_key_value_heads": 8, "sliding_window": 512}, 512, "pallas_flash"),
+        ({"num_key_value_heads": 8}, 1024, "pallas_splash"),
         ({}, 1000, "dense"),
         ({"hidden_size": 512}, 1024, "dense"),
     ],
@@ -89,6 +88,15 @@ def test_the_kernel_for_a_model_on_a_tpu(monkeypatch, changes, length, kernel):
     assert attention.kernel_of(config, length) == "dense"
     monkeypatch.setattr(xr, "device_type", lambda: "TPU")
     assert attention.kernel_of(config, length) == kernel
+
+
+def test_the_models_rotary_embeddings_take_our_function(monkeypatch):
+    attention.register()
+    used = []
+    monkeypatch.setattr(modeling_mixtral, "rotate_half", lambda x: used.append(x.shape) or x)
+    q, k = draw(HEADS, 0), draw(2, 1)
+    modeling_mixtral.apply_rotary_pos_emb(q, k, *torch.zeros(2, BATCH, LENGTH, WIDTH))
+    assert used == [q.shape, k.shape]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
