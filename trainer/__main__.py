@@ -1,11 +1,12 @@
 """``python -m trainer <flags of the guide's run_clm.py>``: train Mixtral on the devices of a slice.
 
 Exit codes: 0 done (or, with ``--validate``, the input can work), 1 the run failed, 2 bad input, 143
-ended by SIGTERM; a run that saves checkpoints has saved one then.
+ended by SIGTERM; a run that saves checkpoints has saved one then, if it was at its steps.
 """
 
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -160,6 +161,11 @@ def run(arguments: Arguments) -> int:
         "tokens_per_epoch": None if streaming else epoch_steps * batch * block_size,
         "evaluations": [],
     }
+    if kept_steps and (before := training.output_dir / "summary.json").exists():
+        evaluations = json.loads(before.read_text(encoding="utf-8"))["evaluations"]
+        summary["evaluations"] = [
+            it for it in evaluations if it["step"] <= kept_steps and it["step"] < max_steps
+        ]
     recompute = arguments.fsdp.activation_checkpointing
 
     def write_summary(compilations: loop.Compilations | None = None) -> None:
@@ -177,7 +183,8 @@ def run(arguments: Arguments) -> int:
         loss = loop.evaluate(mixtral, batches, recompute=recompute)
         found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         print(f"evaluation after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items()))
-        writer.show(step, "eval", **found)
+        # Beside the last step before it, whose place in the board is kept when a run resumes.
+        writer.show(step - 1, "eval", **found)
         summary["evaluations"].append({"step": step, **found})
         write_summary()
 
@@ -205,7 +212,7 @@ def run(arguments: Arguments) -> int:
     file = training.output_dir / "metrics.jsonl"
     with metrics.MetricsWriter(file, kept_steps, board) as writer:
         try:
-            compilations = loop.train(
+            loop.train(
                 mixtral,
                 optimizer,
                 batches,
@@ -236,7 +243,8 @@ def run(arguments: Arguments) -> int:
         except loop.Stopped as stopped:
             print(stopped, flush=True)
             return 128 + signal.SIGTERM
-    write_summary(compilations)
+        finally:
+            write_summary()
     if saver:
         weights.save(mixtral, text.tokenizer, training.output_dir)
         print(f"saved the model in {training.output_dir}", flush=True)

@@ -72,7 +72,6 @@ class Saver:
 
         Waits for the devices and for the checkpoint before. Raises SaveFailed if that one failed.
         """
-        self.wait()
         self._remove_oldest()
         shards = _local_shards(self.state, once=self.place.shared)
         self._writing = self._thread.submit(self._write, step, shards)
@@ -90,13 +89,13 @@ class Saver:
 
     def close(self) -> None:
         """Wait as :meth:`wait` does, and leave no more checkpoints than are to be kept."""
-        self.wait()
-        if self.place.shared:
-            from_hosts(0).max().item()  # what the other hosts write is complete, too
         self._remove_oldest()
         self._thread.shutdown()
 
     def _remove_oldest(self) -> None:
+        self.wait()
+        if self.keep and xr.process_count() > 1:
+            from_hosts(0).max().item()  # what the other hosts write is complete, too
         if self.keep and _removes(self.place):
             with _naming(f"the oldest checkpoint in {self.place} cannot be removed"):
                 for step in self.place.checkpoints()[: -self.keep]:

@@ -16,7 +16,7 @@ import torch_xla.debug.profiler as xp
 import torch_xla.runtime as xr
 from transformers import MixtralForCausalLM
 
-from trainer.checkpoint import Saver
+from trainer.checkpoint import SaveFailed, Saver
 from trainer.data import Batch
 from trainer.metrics import MetricsWriter
 from trainer.model import IGNORED, causal_lm_loss, targets, training_loss
@@ -148,7 +148,7 @@ def train(
     on_compile: Callable[[Compilations], None],
     evaluate_every: int | None,
     on_evaluate: Callable[[int], None],
-) -> Compilations:
+) -> None:
     """Run the steps from ``first_step`` up to ``max_steps`` and write one line of metrics for each.
 
     On a TPU the host runs one step ahead: the loss of a step is read after the next one is
@@ -199,14 +199,23 @@ def train(
                 flush=True,
             )
         if not math.isfinite(value):
-            if saver:
-                saver.discard(step)
-            raise TrainingFailed(
+            said = (
                 f"the loss of step {step} is {value}: training diverged; lower --learning_rate, "
                 "lengthen --warmup_steps, or clip with --max_grad_norm"
             )
+            if saver:
+                try:
+                    saver.discard(step)
+                except SaveFailed as error:
+                    said += f". And {error}"
+            raise TrainingFailed(said)
 
     in_flight: deque[tuple[int, torch.Tensor, int]] = deque()
+
+    def drain(ahead: int = 0) -> None:
+        while len(in_flight) > ahead:
+            finish(*in_flight.popleft())
+
     # XLA's CPU client runs a program while it is dispatched: there is nothing to run ahead of, and
     # a step's time would appear on the line of the step before it.
     ahead = 0 if xr.device_type() == "CPU" else 1
@@ -235,32 +244,30 @@ def train(
             if compilations.update(step):
                 on_compile(compilations)
             in_flight.append((step, result, tokens.numel()))
-            while len(in_flight) > ahead:
-                finish(*in_flight.popleft())
+            drain(ahead)
             profiler.step_dispatched(step)
             done = step + 1
-            if saver and (stop or done % saver.every == 0 or done == max_steps):
-                while in_flight:
-                    finish(*in_flight.popleft())
-                saver.save(done)
-                if stop and done < max_steps:
-                    saver.close()
-                    raise Stopped(f"asked to end by SIGTERM; step {done} is saved")
-            if evaluate_every and done % evaluate_every == 0 and done < max_steps:
-                while in_flight:
-                    finish(*in_flight.popleft())
+            # First, so that weights whose loss is not finite are not saved, and that what a run
+            # resumes from was evaluated.
+            if evaluate_every and done % evaluate_every == 0 and done < max_steps and not stop:
+                drain()
                 on_evaluate(done)
                 compilations.leave_out()
                 last = time.monotonic()
-        while in_flight:
-            finish(*in_flight.popleft())
+            if saver and (stop or done % saver.every == 0 or done == max_steps):
+                drain()
+                saver.save(done)
+                compilations.leave_out()  # what the hosts tell each other by
+                if stop and done < max_steps:
+                    saver.wait()  # and keep the one before: this one's loss nobody has seen
+                    raise Stopped(f"asked to end by SIGTERM; step {done} is saved")
+        drain()
         if saver:
             saver.close()
     finally:
         if saver:
             signal.signal(signal.SIGTERM, handler)
         profiler.stop()
-    return compilations
 
 
 def _on_mesh(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
