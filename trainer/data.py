@@ -309,7 +309,7 @@ def _stream_blocks(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     tokens = documents = np.empty(0, np.int32)
     for epoch in itertools.count():
         stream.texts.set_epoch(epoch)
-        texts = (row[stream.column] or "" for row in stream.texts)
+        texts = (row[stream.column] for row in stream.texts)
         while chunk := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
             ids = _tokenize(stream.tokenizer, chunk)
             first = documents[-1] + 1 if len(documents) else 0

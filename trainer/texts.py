@@ -132,11 +132,13 @@ def _load_dataset(arguments: Arguments, split: str) -> tuple[Dataset | IterableD
         )
     dataset = splits[split]
     column = "text" if "text" in row else next(iter(row))
-    if not isinstance(row[column], str):
+    if not isinstance(row[column], str | None):
         raise BadInput(
             f"dataset {name!r} has no text: there is no column 'text' with strings, and its first "
             f"column {column!r} holds {row[column]!r:.60}. Its columns: {', '.join(row)}"
         )
+    if arguments.data.streaming or dataset.data.column(column).null_count:
+        dataset = dataset.filter(lambda row: row[column] is not None)
     return dataset, column
 
 

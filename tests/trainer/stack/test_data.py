@@ -1,6 +1,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from trainer.data import (
     stream_batches,
     validation_batches,
 )
-from trainer.texts import load_texts
+from trainer.texts import load_texts, stream_texts
 
 BLOCK = 64
 
@@ -104,12 +105,16 @@ def test_a_tokenizer_can_come_from_a_directory(
 def test_a_dataset_can_come_from_a_directory(argv: list[str], tmp_path: Path) -> None:
     directory = tmp_path / "dataset"
     directory.mkdir()
-    rows = [{"id": 1, "text": "first"}, {"id": 2, "text": ""}, {"id": 3, "text": "third\n"}]
+    texts = [None, "first", "", None, "third\n"]
+    rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
     (directory / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = parse(
         [*argv, "--dataset_name", str(directory), "--cache_dir", str(tmp_path / "cache")]
     )
     assert list(load_texts(arguments)) == ["first", "", "third\n"]
+    streaming = replace(arguments.data, streaming=True)
+    rows, column = stream_texts(replace(arguments, data=streaming))
+    assert [row[column] for row in rows] == ["first", "", "third\n"]
 
 
 @pytest.mark.parametrize("flag", ["--dataset_name", "--tokenizer_name"])
