@@ -447,12 +447,15 @@ def _check_combinations(
     eval_batch, reports = training.per_device_eval_batch_size, training.report_to == "tensorboard"
     warms_up, saves = training.lr_scheduler_type != "constant", training.save_strategy == "steps"
     scheduler = "--lr_scheduler_type constant_with_warmup"
+    of_hub = texts.dataset_name not in ("", PYTHON_HELP)
     for flag, value, used, needed in (
         ("validation_file", texts.validation_file, training.evaluates, "--do_eval"),
         ("per_device_eval_batch_size", eval_batch, training.evaluates, "--do_eval"),
         ("eval_steps", training.eval_steps, training.evaluate_every, "--eval_strategy steps"),
         ("logging_dir", training.logging_dir, reports, "--report_to tensorboard"),
         ("checkpoint_bucket", training.checkpoint_bucket, saves, "--save_strategy steps"),
+        ("save_total_limit", training.save_total_limit, saves, "--save_strategy steps"),
+        ("dataset_config_name", texts.dataset_config_name, of_hub, "--dataset_name of the hub"),
         ("warmup_steps", training.warmup_steps, warms_up, scheduler),
         ("warmup_ratio", training.warmup_ratio, warms_up, scheduler),
     ):

@@ -119,7 +119,8 @@ def _converter(kind: Any, least: float) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
         if "://" in text:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed; it must be a path. Mount a bucket, and give that path"
+                f"{text!r} is not allowed; it must be a path of this host. What is in a bucket can "
+                "be mounted; checkpoints go to one with --checkpoint_bucket"
             )
         return Path(text).expanduser()
 

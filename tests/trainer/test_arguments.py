@@ -181,6 +181,8 @@ def test_checkpoints_are_counted_from_one(argv: list[str], flag: str) -> None:
             "--checkpoint_bucket gs://my-bucket/a",
             "--checkpoint_bucket gs://my-bucket/a would be ignored without --save_strategy steps",
         ),
+        ("--save_total_limit 2", "--save_total_limit 2 would be ignored without --save_strategy"),
+        ("--dataset_config_name en", "en would be ignored without --dataset_name of the hub"),
         ("--logging_dir d", "--logging_dir d would be ignored without --report_to tensorboard"),
         (
             "--lr_scheduler_type constant --warmup_steps 3",
