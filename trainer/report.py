@@ -48,6 +48,7 @@ def build(run_dir: Path, workers: list[Worker], notes: list[str]) -> dict[str, A
         **{key: summary.get(key) for key in ("model", "mesh", "experts", "attention", "device")},
         "stack": summary.get("stack"),
         "loss": _loss(steps, summary, notes),
+        "evaluations": summary.get("evaluations", []),
         "step_time_s": step_time,
         "host_clock_s": clock,
         "trace_over_host_clock": trace.get("over_host_clock"),

@@ -131,6 +131,8 @@ def read_plan(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
         same = {
             "accelerator_type": variables.get("train_accelerator_type"),
             "experts": summary["experts"]["mode"],
+            "flash_attention": variables.get("train_flash_attention"),
+            "spmd_2d_sharding": variables.get("train_spmd_2d_sharding"),
             "global_batch": batch,
             "block_size": block,
         }

@@ -75,6 +75,14 @@ def results(report: dict[str, Any]) -> list[Row]:
         ("MFU", text(report.get("mfu"), ".1%")),
         ("loss", f"{text(loss['first'], '.3f')} → {text(loss['last'], '.3f')}"),
         ("bits per byte", text(loss["bits_per_byte"], ".3f")),
+        *(
+            (
+                "evaluation",
+                f"loss {it['eval_loss']:.3f}, perplexity {it['perplexity']:,.1f}, "
+                f"after step {it['step']}",
+            )
+            for it in report["evaluations"][-1:]
+        ),
         (
             "compilations",
             f"{text(compiled.get('count'))} in {text(compiled.get('seconds'), '.0f')} s, "

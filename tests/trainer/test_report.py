@@ -207,6 +207,8 @@ def test_expert_load_is_the_mean_of_the_last_epoch(run: Run) -> None:
         ({"experts": "static"}, False),
         ({"global_batch": 16}, False),
         ({"model_flops": 2e10}, False),
+        ({"spmd_2d_sharding": 2}, False),
+        ({"flash_attention": False}, False),
     ],
 )
 def test_the_plan_of_the_same_step_stands_beside_what_was_measured(
@@ -216,11 +218,18 @@ def test_the_plan_of_the_same_step_stands_beside_what_was_measured(
         "accelerator_type": "v5p-8",
         "chips": 4,
         "experts": "gmm",
+        "flash_attention": True,
+        "spmd_2d_sharding": 0,
         "global_batch": 8,
         "block_size": 100,
         "model_flops": 5e7 * 8 * 100 / 4,
     }
-    variables = {"train_accelerator_type": "v5p-8", "train_plans_dir": str(tmp_path / "plans")}
+    variables = {
+        "train_accelerator_type": "v5p-8",
+        "train_flash_attention": True,
+        "train_spmd_2d_sharding": 0,
+        "train_plans_dir": str(tmp_path / "plans"),
+    }
     (run.path / "variables.yml").write_text(json.dumps(variables))
     (tmp_path / "plans/broken").mkdir(parents=True)
     (tmp_path / "plans/broken/plan.json").write_text('{"accelerator_')
@@ -243,7 +252,7 @@ def test_too_few_steps_say_nothing_about_time(run: Run) -> None:
 
 
 def test_where_nothing_had_to_be_compiled_every_step_counts(run: Run) -> None:
-    compiled = {"count": 0, "cached": 1, "seconds": 0.0, "last_step": None}
+    compiled = {"count": 0, "cached": 0, "seconds": 0.0, "last_step": None}
     path = run.path / "workers/worker-0/summary.json"
     path.write_text(json.dumps(SUMMARY | {"compile": compiled}))
     assert build(run.path)["step_time_s"]["n"] == 8

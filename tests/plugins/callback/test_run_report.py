@@ -26,6 +26,10 @@ REPORT = {
     "attention": {"kernel": "pallas_splash"},
     "device": {"kind": "TPU v5p", "count": 128, "hosts": 32},
     "loss": {"first": 10.51234, "last": 3.25, "bits_per_byte": 1.1},
+    "evaluations": [
+        {"step": 50, "eval_loss": 4.5, "perplexity": 90.02},
+        {"step": 100, "eval_loss": 3.5, "perplexity": 33.12},
+    ],
     "step_time_s": {"p50": 15.2, "p90": 15.75, "n": 8, "source": "device_trace"},
     "host_clock_s": {"p50": 15.25, "p90": 15.8, "n": 90},
     "split_s": {"compute": 11.4, "communication": 3.04, "input": None, "idle": 0.76},
@@ -55,6 +59,7 @@ def test_the_table_tells_what_was_measured():
     assert rows["MFU"] == "39.0%"
     assert rows["loss"] == "10.512 → 3.250"
     assert rows["bits per byte"] == "1.100"
+    assert rows["evaluation"] == "loss 3.500, perplexity 33.1, after step 100"
     assert rows["devices"] == "128 TPU v5p"
     assert rows["kernels"] == "gmm experts by pallas_megablox, attention by pallas_splash"
     assert rows["compilations"] == "2 in 96 s, the last at step 1"
