@@ -7,7 +7,7 @@ SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 
 # The Python that .venv is made with; never the one in .venv, also where that is active
-PYTHON ?= $(shell PATH="$${PATH//$(CURDIR)\/.venv\/bin:/}" command -v python3)
+PYTHON ?= $(shell PATH="$(subst $(CURDIR)/.venv/bin:,,$(PATH))" command -v python3)
 IMAGE ?= mixtral-trainer:release
 WORKERS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
