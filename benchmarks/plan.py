@@ -1,7 +1,8 @@
 """What the plan says of Mixtral 8x7B on whole slices: inside the trainer's image, without a TPU.
 
     docker run --rm --volume "$PWD:/src:ro" --workdir /src --entrypoint python \\
-        mixtral-trainer:release -m benchmarks.plan [slices|smallest|guide] [--model mixtral-8x22b]
+        mixtral-trainer:release -m benchmarks.plan [slices|smallest|modes|guide] \\
+        [--model mixtral-8x22b]
 
 ``slices``: a full batch on v5p-256, v6e-256, v5e-256 and v4-128, in sequences of 4096 tokens. The
 rows of the table are memory; the bytes that the layers' collectives move over those that FSDP has
@@ -10,12 +11,16 @@ all-gathers and reduce-scatters; FLOPs over the model's own, with and without wh
 and the modelled step, with Pallas kernels at the chip's peak and at 75 % of it.
 
 ``smallest``: the guide's own configuration, 32 sequences of 4096 tokens, on the smallest slice of
-each generation that holds it, found by trying.
+each generation that holds it. It begins with one sequence a chip, and halves the chips until they
+do not hold it; where one a chip is too much, two chips share one (``--spmd_2d_sharding 2``).
+
+``modes``: every mode of the experts, with flash attention and without, in both shardings, and on
+two slices: 256 sequences on 128 chips of v5p. FLOPs are those that are not recomputed.
 
 ``guide``: the step on v5p-256 beside the guide's formulation of it (benchmarks/guide.py), of which
 each layer is compiled anew: from two and from four layers follow all 32.
 
-Without a word all three: some minutes for each plan, longest where the compiler tries hard to save
+Without a word all four: some minutes for each plan, longest where the compiler tries hard to save
 memory before it gives up.
 """
 
@@ -28,12 +33,14 @@ import tempfile
 from pathlib import Path
 
 from trainer import lowering, plan
-from trainer.tpu import CHIPS, Slice, parse_slice, topology_of
+from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ROOT / "trainer/presets"
 BLOCK = 4096
-GUIDE_BATCH = 32
+GUIDE_BATCH, MODES_BATCH = 32, 256
+MODES = ("--gmm", "--gmm_stack", "--static")
+FLASH, FSDP, TWO_D = "--flash_attention", ("--fsdp", "full_shard"), ("--spmd_2d_sharding", "2")
 SLICES = {"v5p-256": 1024, "v6e-256": 1024, "v5e-256": 256, "v4-128": 256}
 # Published for this job, measured (docs/plan.md)
 MEASURED = {"v5p-256": "39 %", "v6e-256": "29.6 %"}
@@ -52,23 +59,31 @@ HEAD = (
 )
 
 
-def planned(slice_: Slice, batch: int, model: str, *, layers: int = 0, guide: bool = False) -> dict:
+def planned(
+    slice_: Slice,
+    batch: int,
+    model: str,
+    flags: tuple[str, ...] = ("--gmm", FLASH, *FSDP),
+    *,
+    layers: int = 0,
+    guide: bool = False,
+) -> dict:
     """Return plan.json of the guide's flags with another batch, with fewer layers where given."""
     with tempfile.TemporaryDirectory() as directory:
         config = json.loads((PRESETS / f"{model}.json").read_text(encoding="utf-8"))
         config["num_hidden_layers"] = layers or config["num_hidden_layers"]
         config_file, result = Path(directory, "config.json"), Path(directory, "result.json")
         config_file.write_text(json.dumps(config), encoding="utf-8")
-        flags = [
-            *("--do_train", "--output_dir", directory, "--config_name", str(config_file), "--gmm"),
-            *("--dataset_name", "python-help", "--block_size", str(BLOCK), "--flash_attention"),
+        flags = (
+            *("--do_train", "--output_dir", directory, "--config_name", str(config_file)),
+            *("--dataset_name", "python-help", "--block_size", str(BLOCK), *flags),
             *("--per_device_train_batch_size", str(batch), "--torch_dtype", "bfloat16"),
-            *("--fsdp_config", str(PRESETS / "fsdp_config.json"), "--fsdp", "full_shard"),
-        ]
-        shape = "x".join(map(str, slice_.topology))
+            *("--fsdp_config", str(PRESETS / "fsdp_config.json")),
+        )
+        shape, slices = "x".join(map(str, slice_.topology)), str(slice_.slices)
         command = [
             *(sys.executable, "-m", "benchmarks.guide" if guide else "trainer.lowering"),
-            *(str(result), slice_.chip.name, shape, "1", *flags),
+            *(str(result), slice_.chip.name, shape, slices, *flags),
         ]
         environment = os.environ | lowering.ENVIRONMENT
         done = subprocess.run(
@@ -76,8 +91,8 @@ def planned(slice_: Slice, batch: int, model: str, *, layers: int = 0, guide: bo
         )
         if not result.exists():
             raise SystemExit(f"{slice_}: {done.stdout}{done.stderr}")
-        named = ["--accelerator_type", slice_.chip.name, "--topology", shape, *flags]
-        arguments = plan.read(named)[1]
+        named = ["--accelerator_type", slice_.chip.name, "--topology", shape, "--slices", slices]
+        arguments = plan.read([*named, *flags])[1]
         return plan.verdict(arguments, slice_, json.loads(result.read_text(encoding="utf-8")))
 
 
@@ -89,13 +104,20 @@ def layer_parameters(config: dict) -> int:
     return experts + 2 * hidden * (hidden + kept) + 2 * hidden
 
 
+def memory(found: dict) -> str:
+    """Return a cell on HBM."""
+    if "hbm_per_chip_gib" not in found:
+        return f"does not compile: {found['error'].splitlines()[0]}"
+    sizes = found["hbm_per_chip_gib"]
+    used = f"{sizes['total']:.1f} of {sizes['limit']:.0f} GiB"
+    return used if found["fits"] else f"**{used}**"
+
+
 def row(found: dict, config: dict) -> list[str]:
     """Return the cells of one plan."""
-    memory = found.get("hbm_per_chip_gib", {})
-    used = f"{memory['total']:.1f} of {memory['limit']:.0f} GiB" if memory else "–"
     name = f"{found['accelerator_type']}, {found['global_batch']}"
     if not found["fits"]:
-        return [name, f"**{used}**" if memory else "does not compile", *[""] * (len(HEAD) - 2)]
+        return [name, memory(found), *[""] * (len(HEAD) - 2)]
     each_way = 2 * layer_parameters(config) * config["num_hidden_layers"]
     least = 3 * each_way * (1 - 1 / found["chips"])
     inside = [one for one in found["collectives"] if one["in_layers"]]
@@ -113,7 +135,7 @@ def row(found: dict, config: dict) -> list[str]:
     model = found["model_flops"]
     return [
         name,
-        used,
+        memory(found),
         f"{moved / least:.3f}×",
         f"{plain / moved:.2%}",
         f"{gathered / 2**30:.2f} GiB",
@@ -141,26 +163,57 @@ def print_slices(model: str, config: dict) -> None:
 
 
 def print_smallest(model: str, config: dict) -> None:
-    """Print the guide's configuration on the smallest slice of each chip that holds it."""
-    head = ("smallest slice", "HBM per chip", "modelled step", "tokens/s per chip", "MFU")
+    """Print the guide's configuration on ever smaller slices of each chip."""
+    head = ("slice, chips", "sharding", "HBM per chip", "step", "tokens/s per chip", "MFU")
     print_row(list(head))
     print_row(["---"] * len(head))
-    weights = 2 * layer_parameters(config) * config["num_hidden_layers"]
+
+    def fits(chip: Chip, chips: int, *sharding: str) -> bool:
+        slice_ = Slice(chip, topology_of(chip, chips))
+        found = planned(slice_, GUIDE_BATCH, model, ("--gmm", FLASH, *sharding))
+        cells = [f"{found['accelerator_type']}, {chips}", " ".join(sharding), memory(found)]
+        if found["fits"]:
+            seconds, mfu = found["modelled"]["step_time_overlapped_s"], found["modelled"]["mfu"]
+            tokens = GUIDE_BATCH * BLOCK / seconds / chips
+            cells += [f"{seconds:.2f} s", f"{tokens:,.0f}", f"{mfu:.0%}"]
+        print_row(cells)
+        return found["fits"]
+
     for chip in CHIPS.values():
-        for chips in chip.slice_chips:
-            if GUIDE_BATCH % chips or 2 * weights > chips * chip.hbm_bytes:  # with the gradients
-                continue
-            found = planned(Slice(chip, topology_of(chip, chips)), GUIDE_BATCH, model)
-            if found["fits"]:
-                memory, step = found["hbm_per_chip_gib"], found["modelled"]
-                seconds = step["step_time_overlapped_s"]
-                used = f"{memory['total']:.1f} of {memory['limit']:.0f} GiB"
-                tokens = GUIDE_BATCH * BLOCK / seconds / chips
-                name = found["accelerator_type"]
-                print_row([name, used, f"{seconds:.2f} s", f"{tokens:,.0f}", f"{step['mfu']:.0%}"])
+        largest, *smaller = (chips for chips in (32, 16, 8, 4) if chips in chip.slice_chips)
+        if not fits(chip, largest, *FSDP):
+            fits(chip, 2 * largest, *TWO_D)
+            continue
+        for chips in smaller:
+            if not fits(chip, chips, *FSDP):
                 break
-        else:
-            print_row([chip.name, "no slice that 32 sequences divide over", *[""] * 3])
+
+
+def print_modes(model: str, config: dict) -> None:
+    """Print every mode and sharding of all the layers, and two slices."""
+    head = ("flags", "HBM", "FLOPs", "step", "MFU", "compiled, on the host")
+    print_row(list(head))
+    print_row(["---"] * len(head))
+    one, two = parse_slice("v5p-256"), parse_slice("v5p-128", slices=2)
+    every = [
+        (one, mode, *attention, *sharding)
+        for mode in MODES
+        for attention in ((FLASH,), ())
+        for sharding in (FSDP, TWO_D)
+    ]
+    for slice_, *flags in (*every, (two, "--gmm", FLASH, *FSDP)):
+        found = planned(slice_, MODES_BATCH, model, tuple(flags))
+        cells = [f"{' '.join(flags)}{', two slices' if slice_ is two else ''}", memory(found)]
+        if found["fits"]:
+            once = found["flops_per_chip"] - found["recomputed_flops_per_chip"]
+            step = found["modelled"]
+            cells += [
+                f"{once / found['model_flops']:.3f}×",
+                f"{step['step_time_overlapped_s']:.2f} s",
+                f"{step['mfu']:.1%}",
+                f"{found['compile_seconds']:.0f} s, {found['compiler_memory_gib']:.1f} GiB",
+            ]
+        print_row(cells)
 
 
 def print_guide(model: str, config: dict) -> None:
@@ -180,7 +233,12 @@ def print_guide(model: str, config: dict) -> None:
     print_row(["ratio", *(f"{ratio:.2f}×" for ratio in ratios)])
 
 
-PARTS = {"slices": print_slices, "smallest": print_smallest, "guide": print_guide}
+PARTS = {
+    "slices": print_slices,
+    "smallest": print_smallest,
+    "modes": print_modes,
+    "guide": print_guide,
+}
 
 
 def main() -> None:
