@@ -31,8 +31,7 @@ if ((restarts)) && [[ ! $bucket ]]; then
   [[ ${WORKER_DIR:-} == /* ]] || refuse "RESTARTS=$restarts needs what outlives the slice, to resume from: \
 -e checkpoint_bucket=gs://… in TRAIN, or WORKER_DIR=…, a directory on a disk that every worker mounts"
   # A directory for every worker.
-  dir="$WORKER_DIR/{{ inventory_hostname }}"
-  train+=(-e "{\"train_worker_dir\": \"$dir\", \"huggingface_worker_dir\": \"$dir\"}")
+  train+=(-e "{\"worker_dir\": \"$WORKER_DIR/{{ inventory_hostname }}\"}")
 fi
 
 look() { ansible-inventory --inventory "$inventory" --graph 2>&1 | tr -s '[:space:]' ' '; }

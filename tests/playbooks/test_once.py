@@ -128,7 +128,7 @@ def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(start: Start, tmp_pa
     trained = [line for line in said(tmp_path) if line.startswith("train.yml")]
     assert trained[0] == trained[1]
     assert "-e run_name=r" in trained[0]
-    assert '"train_worker_dir": "/mnt/runs/{{ inventory_hostname }}"' in trained[0]
+    assert '"worker_dir": "/mnt/runs/{{ inventory_hostname }}"' in trained[0]
 
 
 def test_what_is_saved_in_a_bucket_needs_no_disk(start: Start, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def play(hub: Hub, tmp_path: Path) -> Callable[..., Run]:
                         "vars": {
                             "ansible_connection": "local",
                             "ansible_python_interpreter": sys.executable,
-                            "huggingface_worker_dir": str(tmp_path / "worker"),
+                            "worker_dir": str(tmp_path / "worker"),
                             "tokenizer_name": MODEL,
                             "dataset_name": DATASET,
                         },
