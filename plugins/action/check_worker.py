@@ -119,9 +119,15 @@ def _nothing_to_resume(look: Look, wanted: Mapping[str, Any], name: str) -> str:
 
 
 def run_complaints(
-    own: str, looks: Mapping[str, Look], wanted: Mapping[str, Any], name: str = ""
+    own: str,
+    looks: Mapping[str, Look],
+    wanted: Mapping[str, Any],
+    name: str = "",
+    detach: bool = False,
 ) -> Iterator[str]:
-    """Yield why the run that is on worker ``own`` cannot be followed, if so."""
+    """Yield why the run that is on worker ``own`` cannot be followed, or be left to itself where it
+    is to ``detach``, if so.
+    """
     runs = {worker: live_run(look, wanted, name) for worker, look in looks.items()}
     state = looks[own]["state"]
     here = (
@@ -142,6 +148,11 @@ def run_complaints(
         yield (
             f"{here} with other variables (it has {', '.join(other)}). Wait for its end, or end "
             "it: ansible-playbook stop.yml"
+        )
+    elif detach and not state["detached"]:
+        yield (
+            f"{here} under a lease, which nobody would renew with detach. Follow it: the same "
+            "train.yml without detach; or end it first: ansible-playbook stop.yml"
         )
 
 
@@ -213,6 +224,7 @@ class ActionModule(ActionBase):
         (
             "accelerator_users",
             "configuration",
+            "detach",
             "free_gib",
             "identity",
             "image",
@@ -251,7 +263,9 @@ class ActionModule(ActionBase):
         if not native and not args["looks"][own]["engine"]:
             yield "No Docker engine answers. Provision the worker: ansible-playbook site.yml"
         elif run_id:
-            yield from run_complaints(own, args["looks"], args["wanted"], args["name"])
+            yield from run_complaints(
+                own, args["looks"], args["wanted"], args["name"], args["detach"]
+            )
         else:
             yield from resume_complaints(
                 own, args["looks"], args["wanted"], args["resume"], args["name"]

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ansible import constants as C
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import filter_loader
@@ -241,7 +242,8 @@ class ActionModule(ActionBase):
             if trouble:
                 silence = time.monotonic() - heard
                 complaint = f"no answer for {clock(silence)}: {trouble}"
-                display.warning(f"{self.host}: {complaint}")
+                # A warning would be held back until the task ends.
+                display.display(f"{self.host}: {complaint}", color=C.COLOR_WARN)
                 if silence > self.args["lease_seconds"]:
                     return None, complaint, ""
             elif not state or state["run_id"] != self.args["run_id"]:

@@ -106,11 +106,14 @@ def key_line(user: str, path: str, required: bool) -> str:
     """Return the line of metadata that lets a user log in with a public key."""
     file = Path(path).expanduser()
     try:
-        return f"{user}:{file.read_text(encoding='utf-8').strip()}"
+        key = file.read_text(encoding="utf-8").strip()
     except OSError as error:
         if required:
             raise Problem(f"ssh_public_key_file {path}: {error.strerror}") from error
         return ""
+    if not user:
+        raise Problem(f"Which user logs in with {path}? export TPU_USER=…")
+    return f"{user}:{key}"
 
 
 def forget_host_keys(path: Path, gone: list[Slice]) -> None:
@@ -351,12 +354,17 @@ class ActionModule(ActionBase):
         names = dict.fromkeys(
             it["request"] or it["name"] for it in cloud.slices() if is_expired(it)
         )
-        results = [Life(cloud, name, args, check).absent() for name in names]
+        results, problems = [], []
+        # One that cannot be deleted must not let the others live.
+        for name in names:
+            try:
+                results.append(Life(cloud, name, args, check).absent())
+            except Problem as problem:
+                problems.append(str(problem))
         diff = {
             side: "".join(result["diff"][side] for result in results)
             for side in ("before", "after")
         }
-        text = (
-            "; ".join(result["msg"] for result in results) or "no slice has outlived its max_hours"
-        )
-        return {"changed": bool(results), "msg": text, "diff": diff}
+        said = [result["msg"] for result in results] + problems
+        text = "; ".join(said) or "no slice has outlived its max_hours"
+        return {"changed": bool(results), "failed": bool(problems), "msg": text, "diff": diff}

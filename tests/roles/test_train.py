@@ -167,18 +167,25 @@ def test_slices_that_train_as_one_know_each_other(resolve):
         for index, slice_ in enumerate(["a", "b"])
         for worker in range(2)
     }
-    environment = resolve(
-        "train__environment",
-        multislice="true",
-        ansible_play_hosts_all=list(hosts),
-        hostvars=hosts,
-        tpu_slice_id="b",
-    )
-    assert environment == GUIDE_ENVIRONMENT | {
+    play = {"ansible_play_hosts_all": list(hosts), "hostvars": hosts, "tpu_slice_id": "b"}
+    assert resolve("train__environment", multislice="true", **play) == GUIDE_ENVIRONMENT | {
         "MEGASCALE_NUM_SLICES": "2",
         "MEGASCALE_SLICE_ID": "1",
         "MEGASCALE_COORDINATOR_ADDRESS": "10.0.0.0",
     }
+    # What is compiled before the start is what is going to train.
+    assert resolve("train__plan_flags", multislice="true", **play)["slices"] == 2
+
+
+@pytest.mark.parametrize(("public", "slices"), [({}, 1), ({"slices": "4"}, 4)])
+def test_a_plan_is_for_one_slice_or_for_those_that_are_named(resolve, public, slices):
+    assert resolve("train__plan_flags", **public)["slices"] == slices
+
+
+def test_a_slice_that_is_chosen_is_asked_alone_for_its_nightly(resolve):
+    groups = {"tpu_workers": ["a-w0", "b-w0"], "my_a": ["a-w0"]}
+    assert resolve("nightly_workers", slice="my-a", groups=groups) == ["a-w0"]
+    assert resolve("nightly_workers", groups=groups) == ["a-w0", "b-w0"]
 
 
 @pytest.mark.parametrize("endpoint", [None, "http://127.0.0.1:8000"])

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import random
 import subprocess
 import sys
@@ -10,8 +11,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import filter_loader
+from ansible.template import Templar
 
-SCRIPT = Path(__file__).parents[2] / "roles/trainer_image/files/thin_archive.py"
+ROOT = Path(__file__).parents[2]
+ROLE = ROOT / "roles/trainer_image"
+SCRIPT = ROLE / "files/thin_archive.py"
 LAYERS = [b"base" * 1000, random.Random(7).randbytes(5_000_000), b"trainer"]
 DIGESTS = [hashlib.sha256(layer).hexdigest() for layer in LAYERS]
 # The order is the engine's, not that of the image.
@@ -72,3 +78,34 @@ def test_an_archive_that_breaks_off_is_an_error(names, held):
 
 def test_nothing_is_no_archive():
     assert thin(b"").returncode == 1
+
+
+def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_path):
+    filter_loader.add_directory(str(ROOT / "plugins/filter"))
+    loader = DataLoader()
+    variables, tasks = (
+        loader.load_from_file(str(ROLE / path), trusted_as_template=True)
+        for path in ("vars/main.yml", "tasks/ship.yml")
+    )
+    steps = {step["name"]: step for task in tasks for step in task.get("block", [])}
+    variables |= {
+        "ansible_playbook_python": sys.executable,
+        "trainer_image_name": "trainer",
+        "trainer_image_stack": "release",
+        "trainer_image_source_dir": str(tmp_path),
+        "trainer_image__found": {"images": [{"RootFS": {"Layers": []}}]},
+        "trainer_image__workers": [[]],
+    }
+    templar = Templar(loader, variables=variables)
+    command = templar.template(steps["Archive what workers lack"]["long_command"]["cmd"])
+
+    (tmp_path / ".cache").mkdir()
+    image, docker = tmp_path / "image.tar", tmp_path / "docker"
+    image.write_bytes(archive(NAMES["by digests"]))
+    docker.write_text(f"#!/bin/sh\nsleep 0.5; cat {image}\n")
+    docker.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    saves = [subprocess.Popen(["sh", "-c", command], cwd=ROLE, env=env) for _ in range(2)]
+    assert [save.wait(20) for save in saves] == [0, 0]
+    (made,) = (tmp_path / ".cache").iterdir()
+    assert contents(gzip.decompress(made.read_bytes())) == contents(image.read_bytes())

@@ -99,6 +99,16 @@ def test_by_another_name_it_is_another_run():
     assert "and run_name is mine" in said
 
 
+def test_a_run_under_a_lease_is_not_left_to_itself():
+    leased, detached = {"w0": look()}, {"w0": look(detached=True)}
+    assert not list(run_complaints("w0", leased, WANTED))
+    assert not list(run_complaints("w0", detached, WANTED, detach=True))
+    (said,) = run_complaints("w0", leased, WANTED, detach=True)
+    assert "is training here under a lease" in said
+    assert "without detach" in said
+    assert "stop.yml" in said
+
+
 BROKEN_OFF = look(running=False, checkpoint=40)
 OTHER_FLAGS = look(running=False, checkpoint=40, command=["python", "--max_steps", "20"])
 SUCCEEDED = look(running=False, checkpoint=40, exit_code=0)

@@ -202,6 +202,12 @@ def test_a_short_silence_is_survived(follow):
     assert (state, error) == (ENDED["state"], "")
 
 
+def test_a_silence_is_said_while_it_lasts(follow, capsys):
+    # A warning would go elsewhere, and in a task wait for its end.
+    follow(RUNNING, SILENT, SILENT, RUNNING, ENDED)
+    assert capsys.readouterr().out.count("w0: no answer for 0:00: connection refused") == 2
+
+
 def test_a_silence_longer_than_the_lease_loses_the_worker(follow):
     _, (state, error, _) = follow(RUNNING, SILENT, lease_seconds=-1)
     assert state is None

@@ -117,6 +117,17 @@ def test_labels_and_key_change_in_place_and_nothing_else(api: TpuApi, act: Act, 
     assert not api.asked("POST|PATCH|DELETE")
 
 
+def test_a_key_is_somebodys(api: TpuApi, act: Act, tmp_path: Path) -> None:
+    # A container has no USER.
+    assert act("present", accelerator_type="v6e-4", ssh_user="")["changed"]
+    key = tmp_path / "key.pub"
+    key.write_text("ssh-ed25519 A\n")
+    nobody = act("present", ssh_user="", ssh_public_key_file=str(key))
+    assert nobody["failed"]
+    assert "export TPU_USER=…" in nobody["msg"]
+    assert not api.asked("PATCH")
+
+
 def test_with_os_login_no_key_goes_into_the_metadata(api: TpuApi, act: Act, tmp_path: Path) -> None:
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh/google_compute_engine.pub").write_text("ssh-rsa A\n")
@@ -195,6 +206,18 @@ def test_what_outlived_its_hours_is_deleted_and_nothing_else(api: TpuApi, act: A
     assert "old is deleted: 2 workers, 3.0 hours old, 24.0 chip-hours" in gone["msg"]
     assert sorted(states(api)) == ["for-ever", "young"]
     assert not act("", expired=True, name="")["changed"]
+
+
+def test_what_cannot_be_deleted_keeps_nothing_else_alive(api: TpuApi, act: Act) -> None:
+    for name in ("a", "b", "c"):
+        api.add(name, hours=3, labels={"max-minutes": "120"})
+    api.faults.append(Fault("DELETE .*/nodes/a", 403, "the caller may not delete a"))
+    told = act("", expired=True, name="")
+    assert told["failed"]
+    assert told["changed"]
+    assert sorted(states(api)) == ["a"]
+    for words in ("b is deleted", "c is deleted", "the caller may not delete a"):
+        assert words in told["msg"]
 
 
 @pytest.mark.parametrize(

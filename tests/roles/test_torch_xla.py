@@ -1,0 +1,93 @@
+"""The stack on a worker: what an interrupted playbook leaves, and what a missing one says."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+ROLE = ROOT / "roles/torch_xla"
+# Makes an environment whose Python notes what it was called with, and takes its time.
+PYTHON = """#!/bin/sh
+mkdir -p "$3/bin"
+printf '#!/bin/sh\\necho "$@" >> "$CALLS"; sleep 0.3\\n' > "$3/bin/python"
+chmod +x "$3/bin/python"
+"""
+Install = Callable[[], subprocess.Popen]
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Install:
+    """Start the long command that installs the stack, in a directory of its own each time."""
+    loader = DataLoader()
+    tasks = loader.load_from_file(str(ROLE / "tasks/install.yml"), trusted_as_template=True)
+    python = tmp_path / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "stacks").mkdir()
+    variables = tasks[-1]["vars"] | {
+        "torch_xla_stack": "release",
+        "torch_xla_accelerator_type": "v5p-8",
+        "torch_xla__dir": str(tmp_path),
+        "torch_xla__name": "release-1",
+        "torch_xla__venv": str(tmp_path / "stacks/release-1"),
+        "torch_xla__python": str(python),
+    }
+    command = Templar(loader, variables=variables).template(tasks[-1]["long_command"]["cmd"])
+
+    def start() -> subprocess.Popen:
+        directory = tmp_path / f"command-{time.monotonic_ns()}"
+        for path in ("files/container/doctor.py", "files/container/requirements/release.txt"):
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            (directory / path).touch()
+        process = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            cwd=directory,
+            env=os.environ | {"CALLS": str(tmp_path / "calls")},
+        )
+        process.directory = directory
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize("ends", ["well", "without its files"])
+def test_what_an_interrupted_playbook_has_left_is_waited_for(install, tmp_path, ends) -> None:
+    first = install()
+    while not (tmp_path / "calls").exists():
+        time.sleep(0.02)
+    second = install()
+    if ends != "well":
+        (first.directory / "files/container/doctor.py").unlink()
+    assert (first.wait(20) == 0) == (ends == "well")
+    assert second.wait(20) == 0
+    assert (tmp_path / "stack/complete").exists()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls.count("files/container/stack.py torch release") == (1 if ends == "well" else 2)
+
+
+def test_where_there_is_no_stack_the_doctor_says_what_to_do(tmp_path: Path) -> None:
+    play = {"hosts": "localhost", "gather_facts": False, "tasks": []}
+    entry = {"name": "torch_xla", "tasks_from": "doctor.yml"}
+    play["tasks"].append({"ansible.builtin.import_role": entry})
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    ran = subprocess.run(
+        [ANSIBLE, tmp_path / "play.yml", "-e", f"torch_xla_worker_dir={tmp_path}"],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 2
+    words = " ".join(ran.stdout.split())
+    assert f"localhost has no stack release in {tmp_path}/stacks/release-" in words
+    assert "site.yml -e runtime=native -e stack=release first" in words
