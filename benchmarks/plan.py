@@ -43,17 +43,17 @@ MODES = ("--gmm", "--gmm_stack", "--static")
 FLASH, FSDP, TWO_D = "--flash_attention", ("--fsdp", "full_shard"), ("--spmd_2d_sharding", "2")
 SLICES = {"v5p-256": 1024, "v6e-256": 1024, "v5e-256": 256, "v4-128": 256}
 # Published for this job, measured (docs/plan.md)
-MEASURED = {"v5p-256": "39 %", "v6e-256": "29.6 %"}
+MEASURED = {"v5p-256": "15.2 s, 39 %", "v6e-256": "29.6 %"}
 HEAD = (
     "slice, batch",
     "HBM",
-    "layers' bytes",
-    "of these gather, scatter",
+    "layers' bytes over FSDP's",
+    "of these gathered or scattered",
     "activations gathered",
-    "FLOPs",
-    "step",
+    "FLOPs over the model's, without what is recomputed",
+    "step, overlapped and not",
     "MFU",
-    "MFU at 75 %",
+    "MFU, kernels at 75 %",
     "traced, compiled, on the host",
     "measured elsewhere",
 )
@@ -137,8 +137,8 @@ def row(found: dict, config: dict) -> list[str]:
         name,
         memory(found),
         f"{moved / least:.3f}×",
-        f"{plain / moved:.2%}",
-        f"{gathered / 2**30:.2f} GiB",
+        f"{plain / moved:.1%}",
+        f"{gathered / 2**30:.0f} GiB",
         f"{flops / model:.3f}×, {(flops - again) / model:.3f}×",
         f"{times['step_time_overlapped_s']:.2f} s, {times['step_time_s']:.2f} s",
         f"{times['mfu']:.1%}",
