@@ -106,17 +106,6 @@ def test_a_boolean_that_is_left_out_is_off():
     assert not any(default for kind, default in FLAGS.values() if kind is bool)
 
 
-def test_defaults_are_as_documented():
-    documented = {
-        name: option["default"] for name, option in OPTIONS.items() if "default" in option
-    }
-    assert {name: DEFAULTS[name] for name in documented} == documented
-
-
-def test_every_documented_variable_has_a_default():
-    assert OPTIONS.keys() == DEFAULTS.keys()
-
-
 @pytest.fixture(scope="module")
 def resolve():
     """Return what the role makes of public names, as Ansible resolves them in train.yml."""
