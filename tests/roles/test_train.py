@@ -214,6 +214,19 @@ def test_a_run_begins_as_it_is_resumed(resolve, public, flag):
     assert (resolve("train__flags_of_run", **public)["resume_from_checkpoint"] or None) == flag
 
 
+@pytest.mark.parametrize(
+    ("ready", "name", "again"),
+    [
+        ({"run_id": None, "resumes": None}, "", False),
+        ({"run_id": None, "resumes": "20260101-100000"}, "", True),
+        ({"run_id": None, "resumes": None}, "mine", True),
+        ({"run_id": "mine", "resumes": None}, "mine", False),
+    ],
+)
+def test_what_ended_before_is_forgotten_where_a_run_goes_on(resolve, ready, name, again):
+    assert resolve("train__goes_on", run_name=name, train__ready=ready) == again
+
+
 @pytest.mark.parametrize("bucket", ["gs://my-bucket/path", "gs://my-bucket/path/"])
 def test_every_run_has_a_path_of_its_own_in_the_bucket(resolve, bucket):
     public = {"checkpoint_bucket": bucket, "run_name": "mine"}
