@@ -9,26 +9,22 @@ from pathlib import Path
 import pytest
 
 from tests.cloud_tpu import PROJECT, ZONE, TpuApi
-from tests.simulated_slice import ROOT, WORKERS, Playbook, Worker
+from tests.simulated_slice import ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
 
 STEPS = 3
 KNOWN_HOSTS = ROOT / ".cache/gcp/known_hosts"
 # What trains on these machines, which have no TPU
-CPU = {
+CPU = SMALL_MODEL | {
     "pjrt_device": "CPU",
     "cpu_num_devices": 2,
-    "model": str(ROOT / "molecule/shared/mixtral-micro.json"),
     "tokenizer_name": "",
     "dataset_name": "python-help",
     "dataset_config_name": "",
-    "block_size": 32,
-    "per_device_train_batch_size": 4,
     "max_steps": STEPS,
     "torch_dtype": "float32",
     "image_source": "ship",
     "trainer_image_ship_at_a_time": 1,
     "torch_xla_on_host": False,
-    "train_poll_seconds": 2,
 }
 Finished = Callable[..., Playbook]
 

@@ -87,13 +87,6 @@ def test_the_login_is_a_file_that_is_only_read(run: Playbook, token: str, w1: Wo
     assert [mounts[path]["RW"] for path in ("/hf", "/ca.crt")] == [False, False]
 
 
-def test_an_access_that_was_taken_away(finished: Start, hub: Hub, token: str) -> None:
-    hub.add("org/gated", hub.repositories["model", TOKENIZER].files, gated=True)
-    run = finished("train.yml", tokenizer_name="org/gated")
-    assert run.code != 0
-    assert f"(403). Ask for access at {hub.endpoint}/org/gated" in run.table
-
-
 def test_a_token_that_has_expired(finished: Start, hub: Hub, token: str) -> None:
     hub.tokens[token].expired = True
     run = finished("train.yml")
