@@ -47,6 +47,21 @@ def playbook() -> Iterator[Callable[..., Playbook]]:
         one.abort()
 
 
+@pytest.fixture(scope="module")
+def finished() -> Iterator[Callable[..., Playbook]]:
+    """Run playbooks to their end."""
+    started = []
+
+    def run(name: str, *options: str, **variables: object) -> Playbook:
+        started.append(Playbook(name, *options, **variables))
+        started[-1].end()
+        return started[-1]
+
+    yield run
+    for one in started:
+        one.abort()
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """What wikitext holds: lines of ASCII, too random to be packed to what is not a large file."""

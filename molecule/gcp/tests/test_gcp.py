@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,19 +54,15 @@ def environment(api: TpuApi) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(environment: dict[str, str], tmp_path_factory) -> Iterator[Finished]:
-    started = []
-    runs = {"train_runs_dir": str(tmp_path_factory.mktemp("runs"))}
-
-    def run(name: str, *options: str, **variables: object) -> Playbook:
-        variables = {"inventory": "inventory/gcp"} | runs | variables
-        started.append(Playbook(name, *options, environment=environment, **variables))
-        started[-1].end()
-        return started[-1]
-
-    yield run
-    for one in started:
-        one.abort()
+def finished(
+    finished: Finished, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    return partial(
+        finished,
+        inventory="inventory/gcp",
+        environment=environment,
+        train_runs_dir=str(tmp_path_factory.mktemp("runs")),
+    )
 
 
 def graph(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

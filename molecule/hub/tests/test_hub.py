@@ -19,21 +19,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def finished(hub: Hub, authority: tuple, guides: dict, runs: Runs) -> Iterator[Start]:
+def finished(finished: Start, hub: Hub, authority: tuple, guides: dict, runs: Runs) -> Start:
     """Run playbooks to their end, on a controller that trusts the hub's authority."""
-    started = []
     reach = {"HF_ENDPOINT": hub.endpoint, "SSL_CERT_FILE": str(authority[1])}
 
     def run(name: str, *options: str, token: str = "", **variables: object) -> Playbook:
         variables = {"train_runs_dir": str(runs.directory)} | guides | variables
         environment = reach | {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token}
-        started.append(Playbook(name, *options, environment=environment, **variables))
-        started[-1].end()
-        return started[-1]
+        return finished(name, *options, environment=environment, **variables)
 
-    yield run
-    for one in started:
-        one.abort()
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
 IMAGE = "mixtral-trainer-small:release"
 LABEL = "mixtral-trainer.inputs"
 
-Start = Callable[..., Playbook]
+Finished = Callable[..., Playbook]
 
 
 def inspect(worker: str) -> dict:
@@ -20,8 +20,8 @@ def inspect(worker: str) -> dict:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _provisioned_workers() -> None:
-    assert Playbook("site.yml", **SMALL_IMAGE).end() == 0
+def _provisioned_workers(finished: Finished) -> None:
+    assert finished("site.yml", **SMALL_IMAGE).code == 0
 
 
 @pytest.fixture(autouse=True)
@@ -31,19 +31,19 @@ def _without_the_image(_provisioned_workers: None) -> None:
 
 
 @pytest.fixture
-def bring(playbook: Start) -> Start:
+def bring(finished: Finished) -> Finished:
     """Bring the small image."""
 
-    def to_its_end(source: str, *options: str) -> Playbook:
-        run = playbook("site.yml", "--tags=image", *options, image_source=source, **SMALL_IMAGE)
-        assert run.end() == 0
+    def well(source: str, *options: str) -> Playbook:
+        run = finished("site.yml", "--tags=image", *options, image_source=source, **SMALL_IMAGE)
+        assert run.code == 0
         return run
 
-    return to_its_end
+    return well
 
 
 @pytest.fixture
-def bring_once(bring: Start) -> Callable[[str], None]:
+def bring_once(bring: Finished) -> Callable[[str], None]:
     """Bring the small image, the same to every worker, after a look and before a second time."""
 
     def once(source: str) -> None:
@@ -81,7 +81,7 @@ def test_an_image_is_built_on_every_worker(bring_once: Callable[[str], None]) ->
 
 
 def test_an_image_is_shipped_only_where_it_is_not(
-    bring: Start, bring_once: Callable[[str], None]
+    bring: Finished, bring_once: Callable[[str], None]
 ) -> None:
     bring_once("ship")
     Worker("sim-w1").run(f"docker rmi --force {IMAGE}")
@@ -92,7 +92,7 @@ def test_an_image_is_shipped_only_where_it_is_not(
 
 
 def test_a_worker_pulls_by_digest_and_only_what_it_lacks(
-    bring: Start, bring_once: Callable[[str], None], registry: Callable
+    bring: Finished, bring_once: Callable[[str], None], registry: Callable
 ) -> None:
     bring_once("registry")
     digests = {tuple(inspect(name)["RepoDigests"]) for name in WORKERS}

@@ -1,7 +1,8 @@
 """Two workers train, each on its own devices: what the user sees, and what there is afterwards."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import yaml
@@ -17,18 +18,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def finished(runs: Runs) -> Iterator[Callable[..., Playbook]]:
-    """Run playbooks to their end."""
-    started = []
-
-    def run(name: str, *options: str, **variables: object) -> Playbook:
-        started.append(Playbook(name, *options, train_runs_dir=str(runs.directory), **variables))
-        started[-1].end()
-        return started[-1]
-
-    yield run
-    for one in started:
-        one.abort()
+def finished(finished: Callable[..., Playbook], runs: Runs) -> Callable[..., Playbook]:
+    return partial(finished, train_runs_dir=str(runs.directory))
 
 
 @pytest.fixture(scope="module")
