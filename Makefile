@@ -80,7 +80,9 @@ in_image = docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
 .PHONY: molecule
 molecule: $(READY) ## The playbooks against a simulated slice
 	molecule destroy
-	molecule test --all --no-command-borders
+	molecule test --scenario-name default --destroy never --no-command-borders
+	pytest --capture=no molecule
+	molecule destroy
 
 .PHONY: e2e
 e2e: $(READY) $(BROWSER) ## A short training run from end to end, looked at in a browser

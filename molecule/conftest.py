@@ -13,7 +13,7 @@ import pytest
 from tests.authority import certify
 from tests.hub import Hub
 from tests.hub_content import tokenizer, wikitext
-from tests.simulated_slice import ROOT, WORKERS, Playbook, Worker, forwarded
+from tests.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Worker, forwarded
 
 # Read by the trainer's image, which has what parquet needs.
 PARQUET = """
@@ -43,6 +43,21 @@ def playbook() -> Iterator[Callable[..., Playbook]]:
         return started[-1]
 
     yield start
+    for one in started:
+        one.abort()
+
+
+@pytest.fixture(scope="module")
+def finished() -> Iterator[Callable[..., Playbook]]:
+    """Run playbooks to their end."""
+    started = []
+
+    def run(name: str, *options: str, **variables: object) -> Playbook:
+        started.append(Playbook(name, *options, **variables))
+        started[-1].end()
+        return started[-1]
+
+    yield run
     for one in started:
         one.abort()
 
@@ -93,14 +108,10 @@ def hub(authority: tuple, texts: list[str], parquet: Callable[[list[str]], bytes
 
 @pytest.fixture(scope="module")
 def guides() -> dict[str, object]:
-    """The guide's names, and a Mixtral that is compiled in seconds."""
-    return {
+    """The guide's names, and a small model."""
+    return SMALL_MODEL | {
         "dataset_name": "wikitext",
         "dataset_config_name": "wikitext-2-raw-v1",
         "tokenizer_name": "mistralai/Mixtral-8x7B-v0.1",
-        "model": str(ROOT / "molecule/shared/mixtral-micro.json"),
-        "block_size": 32,
-        "per_device_train_batch_size": 4,
         "max_steps": 3,
-        "train_poll_seconds": 2,
     }

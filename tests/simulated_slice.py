@@ -26,6 +26,13 @@ SMALL_IMAGE = {
     "worker_preflight_install_gib": 2,
     "train_image": "mixtral-trainer-small:release",
 }
+# A Mixtral that is compiled in seconds
+SMALL_MODEL = {
+    "model": str(ROOT / "molecule/shared/mixtral-micro.json"),
+    "block_size": 32,
+    "per_device_train_batch_size": 4,
+    "train_poll_seconds": 2,
+}
 
 
 class Playbook:

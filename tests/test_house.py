@@ -9,8 +9,6 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from docs.generate import documents
-
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ["requirements.txt", "requirements-dev.txt"]
 ROLES = sorted(path.name for path in ROOT.glob("roles/*"))
@@ -82,14 +80,6 @@ def test_a_lock_file_has_what_the_project_asks_for(lock: str) -> None:
 
 def test_developers_run_what_users_run() -> None:
     assert pins("requirements.txt").items() <= pins("requirements-dev.txt").items()
-
-
-@pytest.mark.parametrize(
-    ("path", "text"),
-    [pytest.param(*it, id=it[0].relative_to(ROOT).as_posix()) for it in documents()],
-)
-def test_generated_documentation_is_up_to_date(path: Path, text: str) -> None:
-    assert path.read_text(encoding="utf-8") == text, "run make docs"
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -1,4 +1,4 @@
-"""One short run, and a browser to look at what it leaves."""
+"""One short run after a plan, and a browser to look at what they leave."""
 
 import json
 import subprocess
@@ -13,9 +13,16 @@ STEPS = 12
 
 
 @pytest.fixture(scope="session")
-def screen() -> str:
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where plans are brought home."""
+    return tmp_path_factory.mktemp("plans")
+
+
+@pytest.fixture(scope="session")
+def screen(plans: Path) -> str:
     """What a short run prints, shown as it comes; it must end well."""
     command = ["ansible-playbook", "train.yml", "-e", "gmm=true", "-e", f"max_steps={STEPS}"]
+    command += ["-e", "plan=true", "-e", "accelerator_type=v5p-8", "-e", f"train_plans_dir={plans}"]
     lines = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:

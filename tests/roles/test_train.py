@@ -106,17 +106,6 @@ def test_a_boolean_that_is_left_out_is_off():
     assert not any(default for kind, default in FLAGS.values() if kind is bool)
 
 
-def test_defaults_are_as_documented():
-    documented = {
-        name: option["default"] for name, option in OPTIONS.items() if "default" in option
-    }
-    assert {name: DEFAULTS[name] for name in documented} == documented
-
-
-def test_every_documented_variable_has_a_default():
-    assert OPTIONS.keys() == DEFAULTS.keys()
-
-
 @pytest.fixture(scope="module")
 def resolve():
     """Return what the role makes of public names, as Ansible resolves them in train.yml."""
@@ -230,6 +219,19 @@ def test_the_hub_is_reached_as_from_the_controller_and_with_the_workers_login(
 )
 def test_a_run_begins_as_it_is_resumed(resolve, public, flag):
     assert (resolve("train__flags_of_run", **public)["resume_from_checkpoint"] or None) == flag
+
+
+@pytest.mark.parametrize(
+    ("ready", "name", "again"),
+    [
+        ({"run_id": None, "resumes": None}, "", False),
+        ({"run_id": None, "resumes": "20260101-100000"}, "", True),
+        ({"run_id": None, "resumes": None}, "mine", True),
+        ({"run_id": "mine", "resumes": None}, "mine", False),
+    ],
+)
+def test_what_ended_before_is_forgotten_where_a_run_goes_on(resolve, ready, name, again):
+    assert resolve("train__goes_on", run_name=name, train__ready=ready) == again
 
 
 @pytest.mark.parametrize("bucket", ["gs://my-bucket/path", "gs://my-bucket/path/"])

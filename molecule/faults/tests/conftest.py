@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulated_slice import ROOT, WORKERS, Playbook, Runs, Worker, wait_until
+from tests.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Runs, Worker, wait_until
 
 Start = Callable[..., Playbook]
 
@@ -30,15 +30,11 @@ def train(playbook: Start, runs: Runs, text: Path) -> Start:
     def start(*options: str, **variables: object) -> Playbook:
         small = {
             "gmm": True,
-            "model": str(ROOT / "molecule/shared/mixtral-micro.json"),
             "train_file": str(text),
-            "block_size": 32,
-            "per_device_train_batch_size": 4,
             "max_steps": 1_000_000,
             "train_runs_dir": str(runs.directory),
-            "train_poll_seconds": 2,
         }
-        return playbook("train.yml", *options, **(small | variables))
+        return playbook("train.yml", *options, **(SMALL_MODEL | small | variables))
 
     return start
 

@@ -97,8 +97,8 @@ def test_a_disk_that_is_full(train: Start, w1: Worker) -> None:
 def test_half_a_run(train: Start, playbook: Start, w1: Worker) -> None:
     w1.run(
         "docker rm --force mixtral-trainer; "
-        "docker run --detach --name mixtral-trainer --label run_id=half --label started_by=me@here "
-        "--entrypoint sleep mixtral-trainer:release 600"
+        "docker run --detach --init --name mixtral-trainer --label run_id=half "
+        "--label started_by=me@here --entrypoint sleep mixtral-trainer:release 600"
     )
     run = train()
     assert run.end() != 0

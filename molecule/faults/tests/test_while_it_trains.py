@@ -64,15 +64,3 @@ def test_a_worker_that_is_switched_off(training: Start, runs: Runs, w1: Worker) 
     finally:
         w1.power_on()
     assert runs.end("sim-w1")["exit_code"] is None
-
-
-def test_what_a_dead_run_left_is_cleared(train: Start, runs: Runs, w1: Worker) -> None:
-    # Here every fault of this group has left its container; a lock beside it, and its own end.
-    w1.run("docker rm --force mixtral-trainer || true")
-    w1.run("docker create --name mixtral-trainer --label run_id=dead mixtral-trainer:release")
-    w1.run("touch /tmp/libtpu_lockfile")
-    run = train(max_steps=20)
-    runs.assert_healthy(run, 20)
-    for task in ("Remove the container of an earlier run", "Remove the lock of a dead process"):
-        said = run.screen.partition(f"TASK [train : {task}]")[2].partition("TASK")[0]
-        assert "changed: [sim-w1]" in said

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.simulated_slice import Playbook, Runs, Worker
+from tests.simulated_slice import WORKERS, Playbook, Runs, Worker, wait_until
 
 Start = Callable[..., Playbook]
 LEASE_SECONDS = 15
@@ -43,12 +43,21 @@ def test_a_killed_controller_and_a_second_one(training: Start, train: Start, run
     assert runs.number() == 1
 
 
-def test_half_a_minute_without_network(training: Start, runs: Runs, w1: Worker) -> None:
-    run = training(max_steps=2 * MANY_STEPS)
+def test_half_a_minute_without_network(
+    training: Start, playbook: Start, runs: Runs, w1: Worker
+) -> None:
+    run = training()
+    directory = f"/home/tpu/mixtral-trainer/runs/{(runs.directory / 'latest').resolve().name}"
     with w1.cut_off():
         time.sleep(30)
-    assert w1.trainers()
-    runs.assert_healthy(run, 2 * MANY_STEPS)
+        trained = int(w1.run(f"wc -l < {directory}/metrics.jsonl"))
+        assert len(runs.steps("sim-w1")) < trained
+    wait_until(lambda: len(runs.steps("sim-w1")) > trained, "what was trained in the meantime")
+    assert playbook("stop.yml").end() == 0
+    assert run.end() != 0
+    for name in WORKERS:
+        assert runs.end(name)["error"] is None
+        assert runs.steps(name) == list(range(len(runs.steps(name))))
 
 
 def test_a_network_that_is_gone_for_longer_than_the_lease(
@@ -63,9 +72,17 @@ def test_a_network_that_is_gone_for_longer_than_the_lease(
     runs.assert_survivor("sim-w0", culprit="sim-w1")
 
 
-def test_a_run_that_is_left_to_itself(train: Start, playbook: Start, runs: Runs) -> None:
+def test_a_run_after_a_dead_run_is_left_to_itself(
+    train: Start, playbook: Start, runs: Runs, w1: Worker
+) -> None:
+    w1.run("docker rm --force mixtral-trainer || true")
+    w1.run("docker create --name mixtral-trainer --label run_id=dead mixtral-trainer:release")
+    w1.run("touch /tmp/libtpu_lockfile")
     detached = train(max_steps=MANY_STEPS, detach=True)
     assert detached.end() == 0
+    for task in ("Remove the container of an earlier run", "Remove the lock of a dead process"):
+        said = detached.screen.partition(f"TASK [train : {task}]")[2].partition("TASK")[0]
+        assert "changed: [sim-w1]" in said
     status = playbook("status.yml")
     assert status.end() == 0
     assert status.screen.count("detached, not collected") == 2

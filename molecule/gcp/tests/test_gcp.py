@@ -4,31 +4,28 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.cloud_tpu import PROJECT, ZONE, TpuApi
-from tests.simulated_slice import ROOT, WORKERS, Playbook, Worker
+from tests.simulated_slice import ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
 
 STEPS = 3
 KNOWN_HOSTS = ROOT / ".cache/gcp/known_hosts"
 # What trains on these machines, which have no TPU
-CPU = {
+CPU = SMALL_MODEL | {
     "pjrt_device": "CPU",
     "cpu_num_devices": 2,
-    "model": str(ROOT / "molecule/shared/mixtral-micro.json"),
     "tokenizer_name": "",
     "dataset_name": "python-help",
     "dataset_config_name": "",
-    "block_size": 32,
-    "per_device_train_batch_size": 4,
     "max_steps": STEPS,
     "torch_dtype": "float32",
     "image_source": "ship",
     "trainer_image_ship_at_a_time": 1,
     "torch_xla_on_host": False,
-    "train_poll_seconds": 2,
 }
 Finished = Callable[..., Playbook]
 
@@ -57,19 +54,15 @@ def environment(api: TpuApi) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(environment: dict[str, str], tmp_path_factory) -> Iterator[Finished]:
-    started = []
-    runs = {"train_runs_dir": str(tmp_path_factory.mktemp("runs"))}
-
-    def run(name: str, *options: str, **variables: object) -> Playbook:
-        variables = {"inventory": "inventory/gcp"} | runs | variables
-        started.append(Playbook(name, *options, environment=environment, **variables))
-        started[-1].end()
-        return started[-1]
-
-    yield run
-    for one in started:
-        one.abort()
+def finished(
+    finished: Finished, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    return partial(
+        finished,
+        inventory="inventory/gcp",
+        environment=environment,
+        train_runs_dir=str(tmp_path_factory.mktemp("runs")),
+    )
 
 
 def graph(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

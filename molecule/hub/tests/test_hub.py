@@ -19,21 +19,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def finished(hub: Hub, authority: tuple, guides: dict, runs: Runs) -> Iterator[Start]:
+def finished(finished: Start, hub: Hub, authority: tuple, guides: dict, runs: Runs) -> Start:
     """Run playbooks to their end, on a controller that trusts the hub's authority."""
-    started = []
     reach = {"HF_ENDPOINT": hub.endpoint, "SSL_CERT_FILE": str(authority[1])}
 
     def run(name: str, *options: str, token: str = "", **variables: object) -> Playbook:
         variables = {"train_runs_dir": str(runs.directory)} | guides | variables
         environment = reach | {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token}
-        started.append(Playbook(name, *options, environment=environment, **variables))
-        started[-1].end()
-        return started[-1]
+        return finished(name, *options, environment=environment, **variables)
 
-    yield run
-    for one in started:
-        one.abort()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +80,6 @@ def test_the_login_is_a_file_that_is_only_read(run: Playbook, token: str, w1: Wo
     mounts = {mount["Destination"]: mount for mount in container["Mounts"]}
     assert mounts["/hf"]["Source"] == "/home/tpu/mixtral-trainer/hf"
     assert [mounts[path]["RW"] for path in ("/hf", "/ca.crt")] == [False, False]
-
-
-def test_an_access_that_was_taken_away(finished: Start, hub: Hub, token: str) -> None:
-    hub.add("org/gated", hub.repositories["model", TOKENIZER].files, gated=True)
-    run = finished("train.yml", tokenizer_name="org/gated")
-    assert run.code != 0
-    assert f"(403). Ask for access at {hub.endpoint}/org/gated" in run.table
 
 
 def test_a_token_that_has_expired(finished: Start, hub: Hub, token: str) -> None:

@@ -11,7 +11,7 @@ from tests.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
 IMAGE = "mixtral-trainer-small:release"
 LABEL = "mixtral-trainer.inputs"
 
-Start = Callable[..., Playbook]
+Finished = Callable[..., Playbook]
 
 
 def inspect(worker: str) -> dict:
@@ -19,24 +19,44 @@ def inspect(worker: str) -> dict:
     return image
 
 
-@pytest.fixture
-def bring(playbook: Start) -> Start:
-    """Bring the small image; it must be there afterwards, the same on every worker."""
+@pytest.fixture(scope="module", autouse=True)
+def _provisioned_workers(finished: Finished) -> None:
+    assert finished("site.yml", **SMALL_IMAGE).code == 0
 
-    def to_its_end(source: str, *options: str, **variables: object) -> Playbook:
-        run = playbook("site.yml", *options, image_source=source, **(SMALL_IMAGE | variables))
-        assert run.end() == 0
+
+@pytest.fixture(autouse=True)
+def _without_the_image(_provisioned_workers: None) -> None:
+    for name in WORKERS:
+        Worker(name).run(f"docker rmi --force {IMAGE}; docker image prune --force")
+
+
+@pytest.fixture
+def bring(finished: Finished) -> Finished:
+    """Bring the small image."""
+
+    def well(source: str, *options: str) -> Playbook:
+        run = finished("site.yml", "--tags=image", *options, image_source=source, **SMALL_IMAGE)
+        assert run.code == 0
         return run
 
-    return to_its_end
+    return well
 
 
 @pytest.fixture
-def _fresh_workers(bring: Start) -> None:
-    """Provision the workers, less the image."""
-    bring("ship")
-    for name in WORKERS:
-        Worker(name).run(f"docker rmi --force {IMAGE} && docker image prune --force")
+def bring_once(bring: Finished) -> Callable[[str], None]:
+    """Bring the small image, the same to every worker, after a look and before a second time."""
+
+    def once(source: str) -> None:
+        checked = bring(source, "--check")
+        assert "changed=0" not in checked.table
+        assert not any(Worker(name).answers(f"docker image inspect {IMAGE}") for name in WORKERS)
+        bring(source)
+        labels = {inspect(name)["Config"]["Labels"][LABEL] for name in WORKERS}
+        assert len(labels) == 1
+        again = bring(source)
+        assert again.table.count("changed=0") == len(WORKERS)
+
+    return once
 
 
 @pytest.fixture
@@ -56,22 +76,25 @@ def registry() -> Callable[[str], list[str]]:
     return requests
 
 
-@pytest.mark.usefixtures("_fresh_workers")
-@pytest.mark.parametrize("source", ["ship", "registry", "build"])
-def test_an_image_comes_once(bring: Start, source: str) -> None:
-    checked = bring(source, "--check")
-    assert "changed=0" not in checked.table
-    assert not any(Worker(name).answers(f"docker image inspect {IMAGE}") for name in WORKERS)
-    bring(source)
-    labels = {inspect(name)["Config"]["Labels"][LABEL] for name in WORKERS}
-    assert len(labels) == 1
-    again = bring(source)
-    assert again.table.count("changed=0") == len(WORKERS)
+def test_an_image_is_built_on_every_worker(bring_once: Callable[[str], None]) -> None:
+    bring_once("build")
 
 
-@pytest.mark.usefixtures("_fresh_workers")
-def test_a_worker_pulls_by_digest_and_only_what_it_lacks(bring: Start, registry: Callable) -> None:
-    bring("registry")
+def test_an_image_is_shipped_only_where_it_is_not(
+    bring: Finished, bring_once: Callable[[str], None]
+) -> None:
+    bring_once("ship")
+    Worker("sim-w1").run(f"docker rmi --force {IMAGE}")
+    run = bring("ship")
+    (summary,) = [line for line in run.screen.splitlines() if line.startswith("sim-w0 ")]
+    assert "changed=0" in summary
+    assert inspect("sim-w1")["Config"]["Labels"][LABEL]
+
+
+def test_a_worker_pulls_by_digest_and_only_what_it_lacks(
+    bring: Finished, bring_once: Callable[[str], None], registry: Callable
+) -> None:
+    bring_once("registry")
     digests = {tuple(inspect(name)["RepoDigests"]) for name in WORKERS}
     assert len(digests) == 1
     ((digest,),) = digests
@@ -86,13 +109,3 @@ def test_a_worker_pulls_by_digest_and_only_what_it_lacks(bring: Start, registry:
         assert len(registry('"GET /v2/mixtral-trainer-small/blobs/')) == before
     finally:
         worker.run("docker rmi kept")
-
-
-@pytest.mark.usefixtures("_fresh_workers")
-def test_an_image_is_shipped_only_where_it_is_not(bring: Start) -> None:
-    bring("ship")
-    Worker("sim-w1").run(f"docker rmi --force {IMAGE}")
-    run = bring("ship")
-    (summary,) = [line for line in run.screen.splitlines() if line.startswith("sim-w0 ")]
-    assert "changed=0" in summary
-    assert inspect("sim-w1")["Config"]["Labels"][LABEL]

@@ -15,6 +15,7 @@ import pytest
 from tests.index import ALWAYS, Fault, Index, Wheel, wheel
 from tests.simulated_slice import (
     ROOT,
+    SMALL_MODEL,
     WORKERS,
     Playbook,
     Runs,
@@ -29,7 +30,7 @@ HOME = "/home/tpu/mixtral-trainer"
 STEPS = 5
 LEASE_SECONDS = 15
 PASSWORD = secrets.token_hex(8)
-FIRST, SECOND, TORCH_ALONE, OLD_PYTHON = "20250929", "20250930", "20251001", "20251002"
+FIRST, SECOND, TORCH_ALONE = "20250929", "20250930", "20251001"
 
 Finished = Callable[..., Playbook]
 
@@ -39,16 +40,16 @@ def nightly(name: str, version: str, tag: str = "py3-none-any", **options: objec
     return wheel(name, version, tag, files={f"{name}.nightly": ""}, **options)
 
 
-def torch(day: str, python: str = "cp311") -> Wheel:
-    tag = f"{python}-{python}-manylinux_2_28_x86_64"
+def torch(day: str) -> Wheel:
+    tag = "cp311-cp311-manylinux_2_28_x86_64"
     return wheel("torch", f"2.9.0.dev{day}+cpu", tag, files={"image.pth": f"{PACKAGES}\n"})
 
 
-def torch_xla(day: str, python: str = "cp311") -> Wheel:
+def torch_xla(day: str) -> Wheel:
     return nightly(
         "torch_xla",
         f"2.9.0.dev{day}",
-        f"{python}-{python}-linux_x86_64",
+        "cp311-cp311-linux_x86_64",
         requires=[
             f'libtpu==0.0.24.dev{day}+nightly; extra == "tpu"',
             f'jax==0.8.0.dev{day}; extra == "pallas"',
@@ -69,8 +70,7 @@ def index() -> Iterator[Index]:
             index.put("libtpu", nightly("libtpu", f"0.0.24.dev{day}+nightly"))
             index.put("jax", nightly("jax", f"0.8.0.dev{day}"))
             index.put("jaxlib", nightly("jaxlib", f"0.8.0.dev{day}"))
-        index.put("torch", torch(TORCH_ALONE), torch(OLD_PYTHON, "cp310"))
-        index.put("tpuvm", torch_xla(OLD_PYTHON, "cp310"))
+        index.put("torch", torch(TORCH_ALONE))
         yield index
 
 
@@ -141,21 +141,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture
 def train(native: Finished, installed: Playbook, runs: Runs, tmp_path: Path) -> Finished:
-    """Start a run of a Mixtral that is compiled in seconds."""
+    """Start a run of a small model."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {number} of a text to learn.\n" for number in range(2000)))
 
     def start(**variables: object) -> Playbook:
         small = {
             "gmm": True,
-            "model": str(ROOT / "molecule/shared/mixtral-micro.json"),
             "train_file": str(text),
-            "block_size": 32,
-            "per_device_train_batch_size": 4,
             "train_runs_dir": str(runs.directory),
-            "train_poll_seconds": 2,
         }
-        return native("train.yml", **(small | variables))
+        return native("train.yml", **(SMALL_MODEL | small | variables))
 
     return start
 
@@ -201,8 +197,10 @@ def test_it_trains(train: Finished, runs: Runs) -> None:
     assert PASSWORD not in variables
 
 
-def test_a_run_is_stopped_on_every_worker(train: Finished, finished: Finished, w1: Worker) -> None:
-    run = train(max_steps=1_000_000)
+def test_a_run_ends_when_it_is_asked_to_and_when_nobody_follows_it(
+    train: Finished, finished: Finished, w0: Worker, w1: Worker
+) -> None:
+    run = train(max_steps=1_000_000, train_lease_seconds=LEASE_SECONDS)
     run.wait_for(" step ")
     (trainer,) = w1.trainers()
     preloaded = w1.run(f"tr '\\0' '\\n' < /proc/{trainer}/environ | grep LD_PRELOAD")
@@ -210,17 +208,13 @@ def test_a_run_is_stopped_on_every_worker(train: Finished, finished: Finished, w
     assert not w1.run("docker ps --quiet")
     status = finished("status.yml")
     assert "trains since" in status.screen
-    assert finished("stop.yml").code == 0
-    assert run.end() != 0
-    assert "it was asked to end" in run.table
-    assert not any(Worker(name).trainers() for name in WORKERS)
-
-
-def test_who_is_not_followed_ends_with_the_lease(train: Finished) -> None:
-    run = train(max_steps=1_000_000, train_lease_seconds=LEASE_SECONDS)
-    run.wait_for(" step ")
     run.signal(signal.SIGKILL)
-    wait_until(lambda: not any(Worker(name).trainers() for name in WORKERS), "the end")
+    stop = finished("stop.yml", "--limit=sim-w0")
+    assert stop.code == 0
+    assert "changed=1" in stop.table
+    assert not w0.trainers()
+    wait_until(lambda: not w1.trainers(), "the end of the lease")
+    assert "was not renewed" in w1.run(f"tail -5 {HOME}/run/trainer.log")
 
 
 def test_the_doctor_finds_the_stack_whole(finished: Finished, installed: Playbook) -> None:
@@ -234,7 +228,7 @@ def test_a_download_that_breaks_off_leaves_the_stack_that_works(
 ) -> None:
     before = used(w1)
     index.faults.append(Fault(f"GET /tpuvm/torch_xla-2.9.0.dev{SECOND}", after=100, times=ALWAYS))
-    run = finished("site.yml", "--tags=stack", nightly_date=SECOND)
+    run = finished("site.yml", "--tags=stack", "--limit=sim-w1", nightly_date=SECOND)
     index.faults.clear()
     assert run.code != 0
     assert f"***@{index.host}/tpuvm/torch_xla" in run.table
@@ -247,11 +241,11 @@ def test_another_stack_and_back_to_the_one_before(
     finished: Finished, installed: Playbook, index: Index, w1: Worker
 ) -> None:
     before = used(w1)
-    assert finished("site.yml", "--tags=stack", nightly_date=SECOND).code == 0
+    bring = ("site.yml", "--tags=stack", "--limit=sim-w1")
+    assert finished(*bring, nightly_date=SECOND).code == 0
     assert f"dev{SECOND}" in versions(w1)
     asked = len(index.requests)
-    run = finished("site.yml", "--tags=stack", nightly_date=FIRST)
-    assert run.code == 0
+    assert finished(*bring, nightly_date=FIRST).code == 0
     assert index.requests[asked:] == []
     assert used(w1) == before
 
@@ -259,19 +253,7 @@ def test_another_stack_and_back_to_the_one_before(
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        pytest.param(
-            {"stack": "nighty"},
-            "value of stack must be one of: release, nightly, guide",
-            id="an unknown stack",
-        ),
-        pytest.param({"nightly_date": "2025-09-29"}, "2025-09-29", id="no date"),
         pytest.param({"nightly_date": TORCH_ALONE}, SECOND, id="a date with half a build"),
-        pytest.param({"nightly_date": OLD_PYTHON}, "cp311", id="wheels of another Python"),
-        pytest.param(
-            {"nightly_date": SECOND, "torch_index": "http://127.0.0.1:1/torch"},
-            "http://127.0.0.1:1/torch",
-            id="an index that is down",
-        ),
         pytest.param(
             {"nightly_date": TORCH_ALONE, "torch_xla_install_gib": 100_000},
             "100000 are needed to install the stack nightly",

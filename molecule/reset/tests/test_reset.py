@@ -1,6 +1,7 @@
 """What site.yml has brought goes, and what is the user's stays."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -24,8 +25,8 @@ USERS = (
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _provisioned() -> Iterator[None]:
-    assert Playbook("site.yml", **SMALL_IMAGE).end() == 0
+def _provisioned(finished: Callable[..., Playbook]) -> Iterator[None]:
+    assert finished("site.yml", **SMALL_IMAGE).code == 0
     for name in WORKERS:
         worker = Worker(name)
         worker.run(
@@ -52,13 +53,8 @@ def there(commands: tuple[str, ...]) -> list[bool]:
 
 
 @pytest.fixture
-def reset(playbook: Callable[..., Playbook]) -> Callable[..., Playbook]:
-    def to_its_end(*options: str, **variables: object) -> Playbook:
-        run = playbook("reset.yml", *options, **(SMALL_IMAGE | variables))
-        run.end()
-        return run
-
-    return to_its_end
+def reset(finished: Callable[..., Playbook]) -> Callable[..., Playbook]:
+    return partial(finished, "reset.yml", **SMALL_IMAGE)
 
 
 def test_without_a_word_nothing_goes(reset: Callable[..., Playbook]) -> None:
@@ -87,6 +83,6 @@ def test_what_is_gone_need_not_go(reset: Callable[..., Playbook]) -> None:
     assert run.table.count("changed=0") == len(WORKERS)
 
 
-def test_it_can_be_provisioned_again(playbook: Callable[..., Playbook]) -> None:
-    assert playbook("site.yml", **SMALL_IMAGE).end() == 0
+def test_it_can_be_provisioned_again(finished: Callable[..., Playbook]) -> None:
+    assert finished("site.yml", **SMALL_IMAGE).code == 0
     assert all(there(PROVISIONED[:3]))

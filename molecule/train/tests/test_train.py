@@ -1,12 +1,13 @@
 """Two workers train, each on its own devices: what the user sees, and what there is afterwards."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import yaml
 
-from tests.simulated_slice import WORKERS, Playbook, Runs
+from tests.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Runs, Worker
 
 STEPS = 10
 
@@ -17,24 +18,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def finished(runs: Runs) -> Iterator[Callable[..., Playbook]]:
-    """Run playbooks to their end."""
-    started = []
-
-    def run(name: str, *options: str, **variables: object) -> Playbook:
-        started.append(Playbook(name, *options, train_runs_dir=str(runs.directory), **variables))
-        started[-1].end()
-        return started[-1]
-
-    yield run
-    for one in started:
-        one.abort()
+def finished(finished: Callable[..., Playbook], runs: Runs) -> Callable[..., Playbook]:
+    return partial(finished, train_runs_dir=str(runs.directory))
 
 
 @pytest.fixture(scope="module")
 def run(finished: Callable[..., Playbook]) -> Playbook:
     """The run of the inventory's own model, which ended well."""
-    run = finished("train.yml", gmm=True, max_steps=STEPS)
+    run = finished("train.yml", gmm=True, max_steps=STEPS, per_device_train_batch_size=4)
     assert run.code == 0
     return run
 
@@ -80,8 +71,9 @@ def test_progress_is_worker_0s_and_the_table_comes_last(run: Playbook, report: d
 
 
 def test_all_containers_are_created_before_one_is_started(run: Playbook) -> None:
-    order = [run.screen.index(f"TASK [train : {task}") for task in ("Create the", "Start the")]
-    assert order == sorted(order)
+    times = "docker inspect mixtral-trainer --format '{{.Created}} {{.State.StartedAt}}'"
+    created, started = zip(*(Worker(name).run(times).split() for name in WORKERS), strict=True)
+    assert max(created) < min(started)
 
 
 def test_what_it_was_started_with_is_written_down(report: dict, runs: Runs) -> None:
@@ -91,10 +83,10 @@ def test_what_it_was_started_with_is_written_down(report: dict, runs: Runs) -> N
 
 
 def test_the_doctor_finds_the_stack_whole(finished: Callable[..., Playbook]) -> None:
-    run = finished("doctor.yml")
+    run = finished("doctor.yml", "--limit=sim-w0")
     assert run.code == 0
     said = "kernels compile for v5p: gmm forward, gmm backward, flash attention forward,"
-    assert " ".join(run.screen.split()).count(said) == len(WORKERS)
+    assert said in " ".join(run.screen.split())
 
 
 def test_the_launch_is_not_for_a_part_of_a_slice(finished: Callable[..., Playbook]) -> None:
@@ -138,8 +130,8 @@ def test_a_run_is_stopped_on_every_worker_and_resumed(
     refused = finished("train.yml", gmm=True, max_steps=STEPS, resume="must")
     assert refused.code != 0
     assert "resume is must, and there is no checkpoint" in refused.table
-    flags = {"gmm": True, "max_steps": 1000, "save_strategy": "steps", "run_name": "interrupted"}
-    run = playbook("train.yml", train_runs_dir=str(runs.directory), **flags)
+    flags = SMALL_MODEL | {"gmm": True, "save_strategy": "steps", "run_name": "interrupted"}
+    run = playbook("train.yml", train_runs_dir=str(runs.directory), max_steps=1_000_000, **flags)
     run.wait_for(" step ")
     assert finished("stop.yml").code == 0
     assert run.end() != 0
@@ -147,7 +139,7 @@ def test_a_run_is_stopped_on_every_worker_and_resumed(
     assert "it was asked to end" in run.table
     done = {name: runs.steps(name)[-1] + 1 for name in WORKERS}
     # The workers of this slice step by themselves, and each goes on from where it was.
-    resumed = finished("train.yml", **flags | {"max_steps": max(done.values()) + 3}, resume="must")
+    resumed = finished("train.yml", **flags, max_steps=max(done.values()) + 3, resume="must")
     assert resumed.code == 0
     for name in WORKERS:
         log = (runs.directory / "interrupted/workers" / name / "trainer.log").read_text()

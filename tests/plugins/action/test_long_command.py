@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plugins.action.long_command import clock
+from plugins.action import long_command
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,9 +77,20 @@ def test_a_killed_command_is_not_waited_for(play):
     assert "going" in ran.stdout
 
 
-def test_it_shows_that_it_moves(play):
-    ran = play(cmd="echo downloading; sleep 11; echo done")
-    assert "[here] 0:10  downloading" in ran.stdout
+def test_it_shows_that_it_moves(monkeypatch, tmp_path):
+    def shell_out(command: str) -> str:
+        return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True).stdout
+
+    lines = []
+    monkeypatch.setattr(long_command, "SHOW_SECONDS", 0.1)
+    monkeypatch.setattr(long_command.display, "display", lines.append)
+    action = long_command.ActionModule.__new__(long_command.ActionModule)
+    monkeypatch.setattr(action, "_shell_out", shell_out)
+    (tmp_path / "pid").write_text(str(os.getpid()))
+    (tmp_path / "log").write_text("starting\ndownloading\n")
+    with subprocess.Popen(["sh", "-c", "sleep 0.5; echo 0 > exit"], cwd=tmp_path):
+        assert action._follow(str(tmp_path), "here") == 0
+    assert lines[0] == "  [here] 0:00  downloading"
 
 
 def test_check_mode_says_what_it_would_do(play, tmp_path):
@@ -90,7 +101,7 @@ def test_check_mode_says_what_it_would_do(play, tmp_path):
 
 
 def test_time_reads_as_minutes_and_seconds():
-    assert [clock(seconds) for seconds in (0, 9.9, 60, 125, 3725)] == [
+    assert [long_command.clock(seconds) for seconds in (0, 9.9, 60, 125, 3725)] == [
         "0:00",
         "0:09",
         "1:00",
