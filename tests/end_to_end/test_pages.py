@@ -108,6 +108,8 @@ def slice_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = {
         "accelerator_type": "v5p-24",
         "chips": 12,
+        "flash_attention": True,
+        "spmd_2d_sharding": 0,
         "experts": "gmm",
         "global_batch": 8,
         "block_size": 4096,
@@ -117,7 +119,12 @@ def slice_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plans = run.parent / "plans"
     (plans / "v5p-24-0123").mkdir(parents=True)
     (plans / "v5p-24-0123/plan.json").write_text(json.dumps(plan))
-    variables = {"train_accelerator_type": "v5p-24", "train_plans_dir": str(plans)}
+    variables = {
+        "train_accelerator_type": "v5p-24",
+        "train_flash_attention": True,
+        "train_spmd_2d_sharding": 0,
+        "train_plans_dir": str(plans),
+    }
     (run / "variables.yml").write_text(json.dumps(variables))
     assert main([str(run)]) == 0
     return run
