@@ -21,14 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1"}
 
-from trainer.__main__ import prepare_environment
+from trainer.__main__ import start_client
 
-prepare_environment()
+start_client()
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
-import torch_xla.runtime as xr
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -112,8 +111,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    xr.use_spmd()
-    torch.zeros(1).to(torch_xla.device()).cpu()
     make_mesh(1)
     experts.register()
     for size in SIZES:

@@ -22,19 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1"}
 
-from trainer.__main__ import prepare_environment
+from trainer.__main__ import start_client
 
-prepare_environment()
+start_client()
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
-import torch_xla.runtime as xr
-
-xr.use_spmd()
-torch.zeros(1).to(torch_xla.device()).cpu()  # XLA's client exists before the first backward
-
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.optimization import Adafactor as TheirAdafactor
 

@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
         if arguments.training.validate:
             print("ok")
             return 0
-        prepare_environment()
         # The stack takes seconds to import: only now, when the input was found good.
+        start_client()
         from trainer.run import run
 
         return run(arguments)
@@ -28,8 +28,13 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def prepare_environment() -> None:
-    """Set what torch_xla, XLA and JAX read when they are imported."""
+def start_client() -> None:
+    """Set what torch_xla, XLA and JAX read when they are imported, and let XLA's client take the
+    devices, under SPMD.
+
+    It must do so before JAX can, which would keep a TPU for itself, and before the process runs any
+    backward, or later ones fail.
+    """
     # The trainer calls use_spmd() itself; the variable only makes torch_xla warn.
     os.environ.pop("XLA_USE_SPMD", None)
     # Without the warnings of libraries that nobody here can act on.
@@ -41,6 +46,13 @@ def prepare_environment() -> None:
         # XLA's CPU client deadlocks in collectives with fewer threads than virtual devices.
         devices = int(os.environ.get("CPU_NUM_DEVICES", "1"))
         os.environ.setdefault("NPROC", str(max(2 * devices, os.cpu_count() or 1)))
+
+    import torch
+    import torch_xla
+    import torch_xla.runtime as xr
+
+    xr.use_spmd()  # before anything touches a device
+    torch.zeros(1).to(torch_xla.device()).cpu()
 
 
 if __name__ == "__main__":

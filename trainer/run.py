@@ -1,6 +1,6 @@
 """One run, from its arguments to what it leaves in the output directory.
 
-Imports the whole stack: only after ``prepare_environment``, and when the input was found good.
+Imports the whole stack, JAX too: only after ``start_client``, and when the input was found good.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch_xla
 import torch_xla.runtime as xr
 from transformers import MixtralForCausalLM
 
@@ -46,10 +45,6 @@ def run(arguments: Arguments) -> int:
 
     Raises BadInput for what only the devices, the hub or earlier files tell.
     """
-    xr.use_spmd()  # before anything touches a device
-    # XLA's client must exist before the process runs any backward, or later ones fail.
-    torch.zeros(1).to(torch_xla.device()).cpu()
-
     training = arguments.training
     devices, chip = xr.global_runtime_device_count(), tpu.current_chip()
     check_devices(arguments, devices, slices(), chip)

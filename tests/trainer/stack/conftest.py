@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from tests.hub import Hub
-from trainer.__main__ import prepare_environment
+from trainer.__main__ import start_client
 
 
 def pytest_configure(config):
@@ -21,13 +21,7 @@ def pytest_configure(config):
     # Most of the time goes into compiling programs that run once.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     os.environ.setdefault("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")  # for the TPU's compiler
-    prepare_environment()
-    import torch
-    import torch_xla
-    import torch_xla.runtime as xr
-
-    xr.use_spmd()
-    torch.zeros(1).to(torch_xla.device()).cpu()  # XLA's client exists before the first backward
+    start_client()
 
 
 @pytest.fixture(scope="session")

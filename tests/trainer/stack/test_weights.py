@@ -152,11 +152,9 @@ def test_what_is_neither_a_directory_nor_a_name_on_the_hub_is_refused(tmp_path):
 MEMORY = """
 import sys
 from pathlib import Path
-from trainer.__main__ import prepare_environment
-prepare_environment()
+from trainer.__main__ import start_client
+start_client()
 import torch, torch_xla, torch_xla.runtime as xr
-xr.use_spmd()
-torch.zeros(1).to(torch_xla.device()).cpu()
 from trainer import model, sharding, weights
 sharding.make_mesh(xr.global_runtime_device_count())
 
