@@ -31,7 +31,7 @@ stop: $(READY) ## Stop the training on this machine
 
 .PHONY: once
 once: $(READY) ## A TPU slice for one run, surely deleted: make once SLICE='-e accelerator_type=v5p-16'
-	@playbooks/once.sh
+	@playbooks/train_and_delete.sh
 
 .PHONY: slice
 slice: $(READY) ## Start a fresh simulated slice: make slice WORKERS=4, then -i inventory/simulated
@@ -97,7 +97,7 @@ docs: $(READY) ## Write the generated documentation: roles' READMEs, docs/variab
 lock: $(READY) ## Write the lock files anew, with the newest versions that pyproject.toml allows
 	$(COMPILE) --output-file requirements.txt
 	$(COMPILE) --extra dev --output-file requirements-dev.txt
-	container/requirements/lock.sh
+	runtime/requirements/lock.sh
 
 COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --no-emit-index-url \
   --python-version 3.11 --custom-compile-command 'make lock'

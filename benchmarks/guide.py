@@ -22,8 +22,9 @@ from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral
 
-from trainer import attention, experts, loop, lowering, sharding
+from trainer import attention, experts, loop, sharding
 from trainer.grouped_matmul import TILES
+from trainer.plan import compile as compiling
 from trainer.sharding import FSDP, HIDDEN_SHARDING, enter_manual, leave_manual, shard
 
 # FSDPv2: every parameter along the largest of its dimensions
@@ -157,4 +158,4 @@ if __name__ == "__main__":
     sharding.PARAMETER_SHARDING = PARAMETER_SHARDING
     sharding.torus_planes = lambda devices: (1, 1)
     loop.causal_lm_loss = causal_lm_loss
-    lowering.main(sys.argv[1:])
+    compiling.main(sys.argv[1:])

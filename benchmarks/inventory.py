@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSIBLE_INVENTORY = Path(sys.executable).with_name("ansible-inventory")

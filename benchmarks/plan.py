@@ -32,7 +32,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from trainer import lowering, plan
+from trainer.plan import compile as compiling
+from trainer.plan.__main__ import read
+from trainer.plan.estimate import verdict
 from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,18 +84,18 @@ def planned(
         )
         shape, slices = "x".join(map(str, slice_.topology)), str(slice_.slices)
         command = [
-            *(sys.executable, "-m", "benchmarks.guide" if guide else "trainer.lowering"),
+            *(sys.executable, "-m", "benchmarks.guide" if guide else "trainer.plan.compile"),
             *(str(result), slice_.chip.name, shape, slices, *flags),
         ]
-        environment = os.environ | lowering.ENVIRONMENT
+        environment = os.environ | compiling.ENVIRONMENT
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
         if not result.exists():
             raise SystemExit(f"{slice_}: {done.stdout}{done.stderr}")
         named = ["--accelerator_type", slice_.chip.name, "--topology", shape, "--slices", slices]
-        arguments = plan.read([*named, *flags])[1]
-        return plan.verdict(arguments, slice_, json.loads(result.read_text(encoding="utf-8")))
+        arguments = read([*named, *flags])[1]
+        return verdict(arguments, slice_, json.loads(result.read_text(encoding="utf-8")))
 
 
 def layer_parameters(config: dict) -> int:

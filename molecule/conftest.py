@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.authority import certify
-from tests.hub import Hub
-from tests.hub_content import tokenizer, wikitext
-from tests.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Worker, forwarded
+from tests.servers.authority import certify
+from tests.servers.hub import Hub
+from tests.servers.hub_content import tokenizer, wikitext
+from tests.slices.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Worker, forwarded
 
 # Read by the trainer's image, which has what parquet needs.
 PARQUET = """

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from trainer import data, tpu
 from trainer.config import FsdpConfig, load_config, load_fsdp_config
 from trainer.flags import AtLeast, BadInput, parse_flags
-from trainer.texts import PYTHON_HELP, TEXT_FILES
+from trainer.text_sources import PYTHON_HELP, TEXT_FILES
 
 __all__ = ["Arguments", "BadInput", "check_devices", "parse", "validate"]
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import hub
 from trainer.flags import BadInput
-from trainer.texts import (
+from trainer.text_sources import (
     check_parquet,
     read_texts,
     split_texts,

@@ -15,8 +15,8 @@ from selenium.webdriver.support.expected_conditions import (
 )
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.trainer.profiles import tpu_worker
-from trainer.report import main
+from report.__main__ import main
+from tests.report.profiles import tpu_worker
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 6016

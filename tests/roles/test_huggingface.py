@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.hub import Hub
+from tests.servers.hub import Hub
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.index import ALWAYS, Fault, Index, wheel
+from tests.servers.index import ALWAYS, Fault, Index, wheel
 
 ROOT = Path(__file__).parents[2]
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")

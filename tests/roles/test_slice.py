@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
 
 ROOT = Path(__file__).resolve().parents[2]
 Play = Callable[..., subprocess.CompletedProcess[str]]

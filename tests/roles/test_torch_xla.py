@@ -45,7 +45,7 @@ def install(tmp_path: Path) -> Install:
 
     def start() -> subprocess.Popen:
         directory = tmp_path / f"command-{time.monotonic_ns()}"
-        for path in ("files/container/doctor.py", "files/container/requirements/release.txt"):
+        for path in ("files/runtime/doctor.py", "files/runtime/requirements/release.txt"):
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             (directory / path).touch()
         process = subprocess.Popen(
@@ -66,12 +66,12 @@ def test_what_an_interrupted_playbook_has_left_is_waited_for(install, tmp_path, 
         time.sleep(0.02)
     second = install()
     if ends != "well":
-        (first.directory / "files/container/doctor.py").unlink()
+        (first.directory / "files/runtime/doctor.py").unlink()
     assert (first.wait(20) == 0) == (ends == "well")
     assert second.wait(20) == 0
     assert (tmp_path / "stack/complete").exists()
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls.count("files/container/stack.py torch release") == (1 if ends == "well" else 2)
+    assert calls.count("files/runtime/stack.py torch release") == (1 if ends == "well" else 2)
 
 
 def test_where_there_is_no_stack_the_doctor_says_what_to_do(tmp_path: Path) -> None:

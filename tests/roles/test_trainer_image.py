@@ -17,7 +17,7 @@ from ansible.template import Templar
 
 ROOT = Path(__file__).parents[2]
 ROLE = ROOT / "roles/trainer_image"
-SCRIPT = ROLE / "files/thin_archive.py"
+SCRIPT = ROLE / "files/strip_layers.py"
 LAYERS = [b"base" * 1000, random.Random(7).randbytes(5_000_000), b"trainer"]
 DIGESTS = [hashlib.sha256(layer).hexdigest() for layer in LAYERS]
 # The order is the engine's, not that of the image.

@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainer import plan, program
+from trainer.plan import __main__ as plan
+from trainer.plan import estimate, hlo
 from trainer.tpu import CHIPS, Slice, parse_slice
 
 
@@ -92,10 +93,10 @@ LOWERED = '"stablehlo.reduce_scatter"\n"stablehlo.all_gather"\n'
 
 
 def test_a_loop_counts_once_for_every_layer_and_a_repeated_text_once():
-    compiled = program.Compiled(COMPILED, layers=5)
+    compiled = hlo.Compiled(COMPILED, layers=5)
     assert compiled.cycles() == {0: 10, 1: 5 * 750}
     assert compiled.unestimated_bytes() == {1: 5 * 2 * 4 * 8 * 2}
-    sizes = program.Sizes(sequences=2, length=64, weights=frozenset({(16, 8)}))
+    sizes = hlo.Sizes(sequences=2, length=64, weights=frozenset({(16, 8)}))
     assert [
         (one.kind, one.moves, one.bytes, one.times, one.group, one.loop)
         for one in sorted(compiled.collectives(LOWERED, sizes), key=lambda one: one.kind)
@@ -123,16 +124,16 @@ def test_a_loop_counts_once_for_every_layer_and_a_repeated_text_once():
     ],
 )
 def test_a_collective_has_the_links_of_the_axes_that_it_spans(chip, topology, group, links):
-    one = program.Collective("all-gather", "weights", 1e9, 1, tuple(group), 0)
+    one = hlo.Collective("all-gather", "weights", 1e9, 1, tuple(group), 0)
     slice_ = Slice(CHIPS[chip], topology)
-    assert program.seconds(one, slice_) == pytest.approx(1e9 / (links * 100e9))
+    assert hlo.seconds(one, slice_) == pytest.approx(1e9 / (links * 100e9))
 
 
 def test_a_kernel_is_bound_by_its_flops_or_its_bytes():
     slice_ = Slice(CHIPS["v5p"], (4, 4, 8))
-    kernels = [program.Kernel(459e12, 1.0, 2, 1), program.Kernel(1.0, 2765e9, 1, 2)]
-    moves = [program.Collective("all-gather", "weights", 400e9, 3, tuple(range(16)), 1)]
-    found = plan.model_time(slice_, kernels, moves, {0: 1.0}, 459e12, 0.5)
+    kernels = [hlo.Kernel(459e12, 1.0, 2, 1), hlo.Kernel(1.0, 2765e9, 1, 2)]
+    moves = [hlo.Collective("all-gather", "weights", 400e9, 3, tuple(range(16)), 1)]
+    found = estimate.model_time(slice_, kernels, moves, {0: 1.0}, 459e12, 0.5)
     assert found["computing_s"] == pytest.approx(2 / 0.5 + 1 + 1)
     assert found["step_time_s"] == pytest.approx(6 + 3)
     assert found["step_time_overlapped_s"] == pytest.approx(4 + 1 + 1)
@@ -143,9 +144,9 @@ def test_a_compiler_that_dies_is_a_verdict_with_its_last_words(flags, monkeypatc
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda _: "0.0.21")
     words = "Unsupported version: expected <= 7 but got 8"
     script = f"import os, sys; print({words!r}, file=sys.stderr, flush=True); os.abort()"
-    run = plan.subprocess.run
+    run = estimate.subprocess.run
     monkeypatch.setattr(
-        plan.subprocess, "run", lambda command, **rest: run([command[0], "-c", script], **rest)
+        estimate.subprocess, "run", lambda command, **rest: run([command[0], "-c", script], **rest)
     )
     assert plan.main(flags()) == plan.DOES_NOT_COMPILE
     text = (tmp_path / "plan.txt").read_text()
@@ -157,7 +158,7 @@ def test_a_compiler_that_dies_is_a_verdict_with_its_last_words(flags, monkeypatc
 
 def test_a_chip_that_libtpu_does_not_know_is_bad_input(flags, monkeypatch, capsys):
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda _: "0.0.20")
-    monkeypatch.setattr(plan, "measure", lambda *_: {"known": ["v4", "v5p"]})
+    monkeypatch.setattr(estimate, "measure", lambda *_: {"known": ["v4", "v5p"]})
     assert plan.main(flags(accelerator_type="v6e-256")) == plan.BAD_INPUT
     message = capsys.readouterr().err
     assert all(part in message for part in ("libtpu 0.0.20", "v6e", "v4, v5p"))
@@ -180,7 +181,7 @@ def test_what_does_not_fit_names_what_does_after_compiling_it(flags, monkeypatch
         }
         return found | ({"error": f"Used {used}G of 95.74G hbm."} if used > 95 else REST)
 
-    monkeypatch.setattr(plan, "measure", measure)
+    monkeypatch.setattr(estimate, "measure", measure)
     assert plan.main(flags()) == plan.DOES_NOT_FIT
     text = (tmp_path / "plan.txt").read_text()
     assert "131.00 of 95 GiB" in text

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Runs, Worker, wait_until
+from tests.slices.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Runs, Worker, wait_until
 
 Start = Callable[..., Playbook]
 

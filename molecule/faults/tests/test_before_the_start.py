@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import docker
 import pytest
 
-from tests.simulated_slice import SMALL_IMAGE, Playbook, Runs, Worker
+from tests.slices.simulated_slice import SMALL_IMAGE, Playbook, Runs, Worker
 
 # An Ansible that cannot connect tries three times, for ten seconds each.
 SSH_SECONDS = 45

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from tests.simulated_slice import Playbook, Runs, Worker
+from tests.slices.simulated_slice import Playbook, Runs, Worker
 
 Start = Callable[..., Playbook]
 LEASE_SECONDS = 15

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.simulated_slice import WORKERS, Playbook, Runs, Worker, wait_until
+from tests.slices.simulated_slice import WORKERS, Playbook, Runs, Worker, wait_until
 
 Start = Callable[..., Playbook]
 LEASE_SECONDS = 15

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cloud_tpu import PROJECT, ZONE, TpuApi
-from tests.simulated_slice import ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.slices.simulated_slice import ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
 
 STEPS = 3
 KNOWN_HOSTS = ROOT / ".cache/gcp/known_hosts"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.hub import Fault, Hub, sha256
-from tests.simulated_slice import WORKERS, Playbook, Runs, Worker
+from tests.servers.hub import Fault, Hub, sha256
+from tests.slices.simulated_slice import WORKERS, Playbook, Runs, Worker
 
 DATASET, TOKENIZER = "Salesforce/wikitext", "mistralai/Mixtral-8x7B-v0.1"
 TRAIN = "wikitext-2-raw-v1/train-00000-of-00001.parquet"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
+from tests.slices.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
 
 IMAGE = "mixtral-trainer-small:release"
 LABEL = "mixtral-trainer.inputs"

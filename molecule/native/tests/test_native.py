@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.index import ALWAYS, Fault, Index, Wheel, wheel
-from tests.simulated_slice import (
+from tests.servers.index import ALWAYS, Fault, Index, Wheel, wheel
+from tests.slices.simulated_slice import (
     ROOT,
     SMALL_MODEL,
     WORKERS,
@@ -274,8 +274,8 @@ def test_what_cannot_be_installed_is_named_and_leaves_the_worker_as_it_was(
 def test_a_python_that_the_worker_lacks_and_nobody_has(
     finished: Finished, installed: Playbook, index: Index, w1: Worker, tmp_path: Path
 ) -> None:
-    shutil.copytree(ROOT / "container", tmp_path / "container")
-    declared = tmp_path / "container/requirements/nightly.env"
+    shutil.copytree(ROOT / "runtime", tmp_path / "runtime")
+    declared = tmp_path / "runtime/requirements/nightly.env"
     declared.write_text(declared.read_text().replace("PYTHON=3.11", "PYTHON=3.13"))
     before = used(w1)
     run = finished(

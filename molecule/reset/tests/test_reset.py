@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from tests.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
+from tests.slices.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
 
 HOME = "/home/tpu"
 PROVISIONED = (

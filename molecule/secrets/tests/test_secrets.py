@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hub import Hub
-from tests.leaks import Watch, in_files, in_text
-from tests.simulated_slice import WORKERS, Playbook, Worker
+from tests.servers.hub import Hub
+from tests.slices.leaks import Watch, in_files, in_text
+from tests.slices.simulated_slice import WORKERS, Playbook, Worker
 
 TOKENIZER = "mistralai/Mixtral-8x7B-v0.1"
 STORED = "/home/tpu/mixtral-trainer/hf/token"

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import yaml
 
-from tests.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Runs, Worker
+from tests.slices.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Runs, Worker
 
 STEPS = 10
 

@@ -15,7 +15,7 @@ from plugins.action.check_hub_token import (
     owner,
     unreadable,
 )
-from tests.hub import Fault, Hub
+from tests.servers.hub import Fault, Hub
 
 
 @pytest.fixture

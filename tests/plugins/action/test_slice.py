@@ -12,7 +12,7 @@ import yaml
 from plugins.action.slice import ActionModule
 from plugins.action.slice_info import ActionModule as InfoModule
 from plugins.module_utils.cloud_tpu import Problem, shape
-from tests.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS = yaml.safe_load((ROOT / "roles/slice/defaults/main.yml").read_text())

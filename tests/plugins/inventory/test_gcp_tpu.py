@@ -16,7 +16,7 @@ from ansible.plugins.loader import inventory_loader
 from ansible.template import Templar
 from ansible.utils.context_objects import CLIArgs
 
-from tests.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
 
 ROOT = Path(__file__).resolve().parents[3]
 Read = Callable[..., InventoryData]

@@ -9,8 +9,8 @@ end the process instead of raising.
 import os
 import sys
 
-from trainer import lowering
-from trainer.program import Compiled
+from trainer.plan import compile as compiling
+from trainer.plan.hlo import Compiled
 from trainer.tpu import parse_slice
 
 GROUPS = 8
@@ -40,8 +40,8 @@ def traced(cases: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ |= lowering.ENVIRONMENT
+    os.environ |= compiling.ENVIRONMENT
     slice_ = parse_slice(sys.argv[1])
-    lowering.pretend_to_be(slice_)
-    executable = lowering.compile_(traced(sys.argv[2:]), slice_)
+    compiling.pretend_to_be(slice_)
+    executable = compiling.compile_(traced(sys.argv[2:]), slice_)
     print(Compiled(executable.hlo_modules()[0].to_string(), 1).pallas_calls())

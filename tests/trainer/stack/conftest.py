@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from tests.hub import Hub
+from tests.servers.hub import Hub
 from trainer.__main__ import start_client
 
 

@@ -18,7 +18,7 @@ import torch_xla
 import torch_xla.runtime as xr
 from safetensors.torch import load, save
 
-from tests.cloud_storage import CloudStorage, Fault
+from tests.servers.cloud_storage import CloudStorage, Fault
 from trainer import checkpoint, storage
 from trainer.checkpoint import Checkpoint, SaveFailed, Saver
 from trainer.flags import BadInput

@@ -24,7 +24,7 @@ from trainer.data import (
     stream_batches,
     validation_batches,
 )
-from trainer.texts import load_texts, stream_texts
+from trainer.text_sources import load_texts, stream_texts
 
 BLOCK = 64
 

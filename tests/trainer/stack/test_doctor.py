@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-DOCTOR = Path(__file__).parents[3] / "container/doctor.py"
+DOCTOR = Path(__file__).parents[3] / "runtime/doctor.py"
 
 
 def examine(accelerator_type: str, **environment: str) -> subprocess.CompletedProcess[str]:

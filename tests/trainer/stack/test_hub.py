@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http, close_session
 
-from tests.hub import Fault, Hub, sha256
-from tests.hub_content import tokenizer, wikitext
+from tests.servers.hub import Fault, Hub, sha256
+from tests.servers.hub_content import tokenizer, wikitext
 from trainer.arguments import Arguments, BadInput, parse
 from trainer.data import load_tokenizer
-from trainer.texts import load_texts
+from trainer.text_sources import load_texts
 
 DATASET, TOKENIZER = "Salesforce/wikitext", "mistralai/Mixtral-8x7B-v0.1"
 TRAIN = "wikitext-2-raw-v1/train-00000-of-00001.parquet"

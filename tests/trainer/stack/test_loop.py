@@ -15,11 +15,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, MixtralForCausalLM
 
+from report.profile import read as read_trace
 from trainer.arguments import parse
 from trainer.data import load_tokenizer
 from trainer.metrics import LEAST_STEPS
-from trainer.texts import load_texts
-from trainer.trace import read as read_trace
+from trainer.text_sources import load_texts
 
 PRESETS = Path(__file__).parents[3] / "trainer" / "presets"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer import plan
+from trainer.plan import __main__ as plan
 
 ROOT = Path(__file__).parents[3]
 PRESETS = ROOT / "trainer/presets"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 
-from trainer import xplane
+from report import xplane
 from trainer.metrics import LEAST_STEPS
 
 TOP_OPERATIONS = 12

@@ -42,8 +42,8 @@ def start(tmp_path: Path) -> Start:
         path.write_text(text)
         path.chmod(0o755)
     (tmp_path / "playbooks").mkdir()
-    script = tmp_path / "playbooks/once.sh"
-    script.write_bytes((ROOT / "playbooks/once.sh").read_bytes())
+    script = tmp_path / "playbooks/train_and_delete.sh"
+    script.write_bytes((ROOT / "playbooks/train_and_delete.sh").read_bytes())
 
     def run(**variables: str) -> subprocess.Popen:
         env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}

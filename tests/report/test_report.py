@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.profiles import Profile, tpu_worker
-from trainer import report as trainer_report
-from trainer.report import main
-from trainer.run_files import read_workers
+from report import numbers
+from report.__main__ import main
+from report.run_dir import read_workers
+from tests.report.profiles import Profile, tpu_worker
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = {
@@ -46,7 +46,7 @@ SUCCEEDED = {
 
 def build(run_dir: Path) -> dict[str, Any]:
     notes: list[str] = []
-    return trainer_report.build(run_dir, read_workers(run_dir, notes), notes)
+    return numbers.build(run_dir, read_workers(run_dir, notes), notes)
 
 
 class Run:
@@ -357,7 +357,7 @@ def test_the_command_needs_no_torch_and_follows_links(run: Run) -> None:
     latest.symlink_to(run.path.name)
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from trainer.report import main; sys.exit(main(sys.argv[1:]))"
+        "from report.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     subprocess.run([sys.executable, "-c", program, str(latest)], cwd=ROOT, check=True)
     assert json.loads((run.path / "report.json").read_text())["run_id"] == run.path.name

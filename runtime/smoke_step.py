@@ -1,6 +1,6 @@
 """What an image must show before it counts as built: its trainer takes a step on two CPU devices.
 
-    python selfcheck.py [RUN_CLM]
+    python smoke_step.py [RUN_CLM]
 
 With RUN_CLM, the script of the guide's branch of transformers is the trainer. It ends with exit
 code 1 and says why where there is no step.
@@ -85,20 +85,20 @@ def check_step(run_clm: str | None) -> None:
         command += [f"--{name}={value}" for name, value in flags.items()]
         trained = subprocess.run(command, env=environment)
         if trained.returncode:
-            sys.exit(f"selfcheck: the trainer failed, exit code {trained.returncode}")
+            sys.exit(f"smoke_step: the trainer failed, exit code {trained.returncode}")
         loss = guides_loss(output) if run_clm else trainers_loss(output)
     # A model that knows nothing yet is as good as one that guesses evenly.
     even = math.log(MODEL["vocab_size"])
     if not math.isclose(loss, even, rel_tol=0.1):
-        sys.exit(f"selfcheck: the first loss is {loss}, and not about ln(vocabulary) = {even:.2f}")
-    print(f"selfcheck: one step on {DEVICES} devices, loss {loss:.3f}")
+        sys.exit(f"smoke_step: the first loss is {loss}, and not about ln(vocabulary) = {even:.2f}")
+    print(f"smoke_step: one step on {DEVICES} devices, loss {loss:.3f}")
 
 
 def trainers_loss(output: Path) -> float:
     """Return the loss that the trainer has written, which also says on how many devices."""
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     if summary["device"]["count"] != DEVICES:
-        sys.exit(f"selfcheck: {summary['device']} where {DEVICES} devices were asked for")
+        sys.exit(f"smoke_step: {summary['device']} where {DEVICES} devices were asked for")
     last = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return json.loads(last)["loss"]
 

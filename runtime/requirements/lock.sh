@@ -11,7 +11,7 @@ compile() {
 }
 
 write() {
-  { printf '# %s\n# Regenerate: container/requirements/lock.sh\n' "$2"; cat; } > "$1"
+  { printf '# %s\n# Regenerate: runtime/requirements/lock.sh\n' "$2"; cat; } > "$1"
 }
 
 # What only torch's CUDA build needs goes into a file of its own.

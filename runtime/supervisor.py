@@ -1,6 +1,6 @@
 """Run a command under a lease: it ends when nobody renews the lease any more.
 
-    python lease.py [--lease FILE --seconds 300] --grace 30 --log FILE [--state FILE]
+    python supervisor.py [--lease FILE --seconds 300] --grace 30 --log FILE [--state FILE]
                     -- COMMAND [ARGUMENT ...]
 
 Whoever follows the command touches the lease file now and then. When the file has not changed for

@@ -1,30 +1,21 @@
-"""``python -m trainer.plan``: compile the training step for a TPU slice, without the TPU.
+"""What a plan says of a slice: memory, work and modelled time, from what the compiler made.
 
-    python -m trainer.plan --accelerator_type v5p-256 <the trainer's flags>
-
-The step is the one that training runs; libtpu's own compiler compiles it in a process apart. Prints
-a table and writes plan.json, and the table as plan.txt, into the directory of ``--output_dir``.
-
-Exit codes: 0 the step fits, 2 bad input, 3 it does not fit the memory, 4 it does not compile.
+The step is traced and compiled by trainer.plan.compile, in a process of its own.
 """
 
-import argparse
-import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from trainer import metrics, program
-from trainer.arguments import Arguments, BadInput, check_devices, parse
-from trainer.tpu import GIB, Chip, Slice, parse_slice, topology_of
+from trainer import metrics
+from trainer.arguments import Arguments, BadInput, check_devices
+from trainer.plan import hlo
+from trainer.tpu import GIB, Chip, Slice, topology_of
 
-FITS, BAD_INPUT, DOES_NOT_FIT, DOES_NOT_COMPILE = 0, 2, 3, 4
 KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, that the modelled Pallas kernels reach
 # What a compiler that refuses says, and what to do about it
 REMEDIES = {
@@ -35,73 +26,12 @@ REMEDIES = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(message)
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line ``argv``, without the program's name; return the exit code."""
-    try:
-        slice_, arguments, flags = read(argv)
-    except (BadInput, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    measured = measure(slice_, flags)
-    if "known" in measured:
-        libtpu = f"libtpu {importlib.metadata.version('libtpu')}"
-        known = ", ".join(measured["known"]) or "none that this project knows"
-        print(
-            f"error: {libtpu} does not know {slice_.chip.name}; the chips it does: {known}",
-            file=sys.stderr,
-        )
-        return BAD_INPUT
-    plan = verdict(arguments, slice_, measured)
-    if plan["fits"] is False:
-        print(f"does not fit {slice_}; compiling what should", file=sys.stderr, flush=True)
-        plan["what_to_change"] = what_fits(arguments, slice_, flags, measured)
-    arguments.training.output_dir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(arguments.training.output_dir / "plan.json", plan)
-    text = table(plan)
-    (arguments.training.output_dir / "plan.txt").write_text(text + "\n", encoding="utf-8")
-    print(text, flush=True)
-    if "error" not in measured:
-        return FITS if plan["fits"] else DOES_NOT_FIT
-    return DOES_NOT_FIT if plan["fits"] is False else DOES_NOT_COMPILE
-
-
-def read(argv: list[str]) -> tuple[Slice, Arguments, list[str]]:
-    """Return the slice, the trainer's arguments, and the trainer's flags as they were given.
-
-    Raises BadInput or ValueError for what cannot work on any slice or not on this one.
-    """
-    parser = _Parser(
-        prog="python -m trainer.plan", allow_abbrev=False, epilog="All others are the trainer's."
-    )
-    parser.add_argument("--accelerator_type", required=True, help="as v5p-256; or v5p")
-    parser.add_argument("--topology", default="", help="as 4x4x8; by default that of the type")
-    parser.add_argument("--slices", type=int, default=1, help="how many such slices")
-    options, flags = parser.parse_known_args(argv)
-    if options.slices < 1:
-        raise BadInput(f"--slices is {options.slices}; it must be at least 1")
-    slice_ = parse_slice(options.accelerator_type, options.topology, options.slices)
-    arguments = parse(flags)
-    check_devices(arguments, slice_.chips, slice_.slices, slice_.chip)
-    try:
-        importlib.metadata.version("libtpu")
-    except importlib.metadata.PackageNotFoundError:
-        raise BadInput(
-            "there is no libtpu here, whose compiler the plan needs; run it in the trainer's image"
-        ) from None
-    return slice_, arguments, flags
-
-
 def measure(slice_: Slice, flags: list[str]) -> dict[str, Any]:
-    """Return what trainer.lowering measures, in a process that libtpu may end."""
+    """Return what trainer.plan.compile measures, in a process that libtpu may end."""
     with tempfile.TemporaryDirectory() as directory:
         result, log = Path(directory, "result.json"), Path(directory, "log")
         command = [
-            *(sys.executable, "-m", "trainer.lowering", str(result), slice_.chip.name),
+            *(sys.executable, "-m", "trainer.plan.compile", str(result), slice_.chip.name),
             *("x".join(map(str, slice_.topology)), str(slice_.slices), *flags),
         ]
         with log.open("wb") as output:
@@ -150,13 +80,13 @@ def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> di
         if plan["fits"] is None and remedy:
             plan["what_to_change"] = remedy
         return plan
-    kernels = [program.Kernel(**kernel) for kernel in measured["kernels"]]
-    collectives = [program.Collective(**one) for one in measured["collectives"]]
+    kernels = [hlo.Kernel(**kernel) for kernel in measured["kernels"]]
+    collectives = [hlo.Collective(**one) for one in measured["collectives"]]
     products = {int(loop): count for loop, count in measured["products"].items()}
     plan |= {
         "flops_per_chip": sum(one.flops * one.times for one in kernels) + sum(products.values()),
-        "recomputed_flops_per_chip": program.recomputed(kernels, products),
-        "collectives": list(program.summary(collectives)),
+        "recomputed_flops_per_chip": hlo.recomputed(kernels, products),
+        "collectives": list(hlo.summary(collectives)),
         "pallas_calls": measured["pallas_calls"],
         "rematerialised_by_compiler": measured["rematerialised"],
     }
@@ -175,8 +105,8 @@ def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> di
 
 def model_time(
     slice_: Slice,
-    kernels: list[program.Kernel],
-    collectives: list[program.Collective],
+    kernels: list[hlo.Kernel],
+    collectives: list[hlo.Collective],
     operations: dict[int, float],
     model_flops: float,
     efficiency: float,
@@ -194,7 +124,7 @@ def model_time(
         at_peak = one.flops / (chip.peak_bf16_flops * efficiency)
         computing[one.loop] += one.times * max(at_peak, one.bytes / chip.hbm_bytes_per_s)
     for one in collectives:
-        moving[one.loop] += one.times * program.seconds(one, slice_)
+        moving[one.loop] += one.times * hlo.seconds(one, slice_)
     overlapped = sum(max(computing[loop], moving[loop]) for loop in {*computing, *moving})
     return {
         "step_time_s": sum(computing.values()) + sum(moving.values()),
@@ -250,67 +180,9 @@ def what_fits(
 
 
 def fits(measured: dict[str, Any], chip: Chip) -> bool:
-    """Whether what trainer.lowering measured compiles and fits the memory of a chip."""
+    """Whether what trainer.plan.compile measured compiles and fits the memory of a chip."""
     return "error" not in measured and measured["hbm_bytes"] <= chip.hbm_bytes
 
 
 def _of_hbm(used: float, chip: Chip) -> str:
     return f"{used / GIB:.2f} of {chip.hbm_bytes / GIB:.0f} GiB"
-
-
-def table(plan: dict[str, Any]) -> str:
-    """Return ``plan`` for a person."""
-    rows = [*_asked(plan), *_memory(plan), *_work(plan)]
-    if plan["compile_seconds"]:
-        took = f"{plan['trace_seconds']:.1f} s, compiled in {plan['compile_seconds']:.0f} s"
-        rows.append(("traced in", f"{took}, with {plan['compiler_memory_gib']} GiB on this host"))
-    if plan["fits"] is None:
-        rows.append(("error", plan["error"][:2000]))
-    rows += [("change", text) for text in plan.get("what_to_change", ())]
-    said = {True: "fits", False: "DOES NOT FIT", None: "DOES NOT COMPILE"}[plan["fits"]]
-    return "\n".join([f"PLAN: {said}", *(f"  {name:16} {text}" for name, text in rows)])
-
-
-Row = tuple[str, str]
-
-
-def _asked(plan: dict[str, Any]) -> Iterator[Row]:
-    count = f"{plan['slices']} x " if plan["slices"] > 1 else ""
-    name = f"{count}{plan['accelerator_type']} ({plan['topology']})"
-    yield "slice", f"{name}, {plan['chips']} chips"
-    yield "model", f"{plan['model']}, experts {plan['experts']}"
-    yield "batch", f"{plan['global_batch']} sequences of {plan['block_size']} tokens"
-
-
-def _memory(plan: dict[str, Any]) -> Iterator[Row]:
-    if memory := plan.get("hbm_per_chip_gib"):
-        yield "HBM per chip", f"{memory['total']:.2f} of {memory['limit']:.0f} GiB"
-        for name in ("weights", "optimizer", "temporaries", "program"):
-            yield "", f"{memory[name]:6.2f} {name}"
-
-
-def _work(plan: dict[str, Any]) -> Iterator[Row]:
-    if "modelled" not in plan:
-        return
-    ratio = plan["flops_per_chip"] / plan["model_flops"]
-    again = plan["recomputed_flops_per_chip"] / plan["model_flops"]
-    yield "FLOPs per chip", f"{plan['flops_per_chip'] / 1e12:,.1f} T, {ratio:.3f}x the model's own"
-    yield "", f"{again:.3f}x recomputed, {ratio - again:.3f}x all else"
-    yield "Pallas calls", str(plan["pallas_calls"])
-    yield "rematerialised", f"{plan['rematerialised_by_compiler']} instructions, by the compiler"
-    for one in plan["collectives"]:
-        where = "in the layers" if one["in_layers"] else "outside"
-        size = f"{one['bytes_per_chip'] / GIB:9.3f} GiB"
-        yield "collectives", f"{one['count']:5} {one['kind']:14} {one['moves']:11} {size} {where}"
-    modelled = plan["modelled"]
-    for name, times in (
-        ("modelled step", modelled),
-        ("kernels at 75 %", modelled["with_kernels_at_75_percent"]),
-    ):
-        both = f"{times['step_time_overlapped_s']:.2f} s, {times['step_time_s']:.2f} s if nothing"
-        yield name, f"{both} overlaps; MFU {times['mfu']:.1%} (modelled, not measured)"
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    sys.exit(main(sys.argv[1:]))

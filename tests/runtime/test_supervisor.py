@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-LEASE = Path(__file__).parents[2] / "container/lease.py"
+LEASE = Path(__file__).parents[2] / "runtime/supervisor.py"
 
 # A trainer that ignores SIGTERM, and one that says good-bye.
 STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True)"

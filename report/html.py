@@ -7,7 +7,7 @@ import jinja2
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from trainer.run_files import Worker, read_variables
+from report.run_dir import Worker, read_variables
 
 # The parts of a step's time, each with its color, which has to do on white and on black
 PARTS = {

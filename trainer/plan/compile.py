@@ -1,6 +1,6 @@
 """The training step as a program for a TPU slice, traced and compiled without one.
 
-    python -m trainer.lowering RESULT ACCELERATOR_TYPE TOPOLOGY SLICES <the trainer's flags>
+    python -m trainer.plan.compile RESULT ACCELERATOR_TYPE TOPOLOGY SLICES <the trainer's flags>
 
 writes what trainer.plan asks for, as JSON, to the file RESULT. A program of its own, because libtpu
 may end the process instead of raising.
@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer import program, tpu
+from trainer import tpu
 from trainer.arguments import Arguments, parse
+from trainer.plan import hlo
 from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
 
 # The TPU exists only as a topology, and nothing is to be looked for.
@@ -238,7 +239,7 @@ def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
     """
     lowered = trace(arguments, slice_)
     layers = arguments.config["num_hidden_layers"]
-    kernels, products = program.lowered_work(lowered.module, layers, slice_.chips)
+    kernels, products = hlo.lowered_work(lowered.module, layers, slice_.chips)
     result = {
         "trace_seconds": lowered.trace_seconds,
         "weight_bytes": lowered.weight_bytes,
@@ -260,9 +261,9 @@ def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
     seconds = time.monotonic() - began
     memory = executable.get_compiled_memory_stats()
     text = executable.hlo_modules()[0].to_string()
-    compiled = program.Compiled(text, layers)
+    compiled = hlo.Compiled(text, layers)
     tensor = arguments.model.tensor_devices
-    sizes = program.Sizes(
+    sizes = hlo.Sizes(
         arguments.training.per_device_train_batch_size * tensor // slice_.chips,
         arguments.data.block_size,
         lowered.weights,

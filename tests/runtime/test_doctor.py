@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from container import doctor
-from container.doctor import diagnosis, minor, pins, wrong_versions
+from runtime import doctor
+from runtime.doctor import diagnosis, minor, pins, wrong_versions
 
 DOCTOR = Path(doctor.__file__)
 PYTEST = importlib.metadata.version("pytest")

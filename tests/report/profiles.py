@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.xplane import XSpace
+from report.xplane import XSpace
 
 # Nanoseconds since 1970, as profilers stamp lines
 BEGIN = 1_800_000_000_000_000_000

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from trainer.arguments import BadInput, parse, validate
-from trainer.texts import load_texts, read_texts
+from trainer.text_sources import load_texts, read_texts
 
 # Line separators that Python's splitlines would split at, and an unfinished last line.
 TEXT = "One line.\r\n\n  Two\u2028lines\x0b, é 漢 🙂\nno end"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import docker
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ["sim-w0", "sim-w1"]
 # The trainer's first step is there within this, on two cores that it shares with everybody.
 START_SECONDS = 180

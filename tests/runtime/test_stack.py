@@ -11,10 +11,10 @@ from pathlib import Path
 import pip
 import pytest
 
-from tests.index import ALWAYS, BRANCH, RUN_CLM, Fault, Index, Wheel, fork, wheel
+from tests.servers.index import ALWAYS, BRANCH, RUN_CLM, Fault, Index, Wheel, fork, wheel
 
-CONTAINER = Path(__file__).parents[2] / "container"
-REQUIREMENTS = CONTAINER / "requirements"
+RUNTIME = Path(__file__).parents[2] / "runtime"
+REQUIREMENTS = RUNTIME / "requirements"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 TAG = f"cp{PYTHON.replace('.', '')}"
 MANYLINUX = f"{TAG}-{TAG}-manylinux_2_28_x86_64"
@@ -114,9 +114,9 @@ def environment(tmp_path: Path, index: Index, empty_environment: Path) -> Enviro
     # Its python says where it is by where it lies, so that a copy is another one.
     directory = tmp_path / "venv"
     shutil.copytree(empty_environment, directory, symlinks=True)
-    program = tmp_path / "container/stack.py"
+    program = tmp_path / "runtime/stack.py"
     shutil.copytree(REQUIREMENTS, program.parent / "requirements")
-    shutil.copy(CONTAINER / "stack.py", program)
+    shutil.copy(RUNTIME / "stack.py", program)
     write_lock(program, "release.torch", CPU, CUDA)
     write_lock(program, "release.cuda", LIBRARY)
     write_lock(program, "release", XLA)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trainer.compare import ratio, table
+from report.compare import ratio, table
 
 
 def test_the_ratio_is_that_of_the_medians_and_lies_in_its_spread() -> None:

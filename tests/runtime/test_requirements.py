@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-REQUIREMENTS = Path(__file__).parents[2] / "container/requirements"
+REQUIREMENTS = Path(__file__).parents[2] / "runtime/requirements"
 STACKS = sorted(path.stem for path in REQUIREMENTS.glob("*.env"))
 LOCKED = ["guide", "release"]
 LOCKS = sorted(path for path in REQUIREMENTS.glob("*.txt") if path.stem != "nightly")

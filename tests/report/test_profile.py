@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from xprof.profile_data import ProfileData
 
-from tests.trainer.profiles import BEGIN, Profile, tpu_worker
-from trainer.trace import BadTrace, covered, is_collective, read
+from report.profile import BadTrace, covered, is_collective, read
+from tests.report.profiles import BEGIN, Profile, tpu_worker
 
 CORE = "/device:TPU:0"
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from report.profile import BadTrace
+from report.profile import read as read_trace
 from trainer.metrics import LEAST_STEPS
-from trainer.trace import BadTrace
-from trainer.trace import read as read_trace
 
 # Further apart than this over the same steps, and the trace and the host clock disagree.
 AGREEMENT = 0.02
