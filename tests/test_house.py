@@ -1,8 +1,11 @@
 """What has to hold across the whole tree, whoever edits it."""
 
+import ast
 import re
 import subprocess
 import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,45 @@ def test_a_page_links_only_to_files_that_exist(page: str) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), target
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, also late and for types alone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules(*rooms: str) -> dict[str, set[str]]:
+    """Every module of some rooms, with those that it imports."""
+    paths = [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): set(
+            imported(path)
+        )
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize(
+    ("room", "above"),
+    [
+        ("trainer", ["report", "runtime", "plugins", "ansible", "docker", "google"]),
+        ("report", ["runtime", "plugins", "ansible"]),
+        ("runtime", ["trainer", "report", "plugins", "ansible"]),
+        ("plugins", ["report", "runtime", "tests"]),
+    ],
+)
+def test_a_room_knows_only_what_is_below_it(room: str, above: list[str]) -> None:
+    for module, names in modules(room).items():
+        known = {name.partition(".")[0] for name in names}
+        assert not known & set(above), module
+
+
+def test_no_module_imports_one_that_imports_it() -> None:
+    found = modules("trainer", "report")
+    # Raises CycleError with the circle.
+    TopologicalSorter({name: names & found.keys() for name, names in found.items()}).prepare()

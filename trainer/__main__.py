@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 
-from trainer.arguments import BadInput, validate
+from trainer.flags import BadInput
+from trainer.validation import validate
 
 
 def main(argv: list[str]) -> int:

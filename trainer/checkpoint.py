@@ -20,7 +20,8 @@ import torch_xla
 import torch_xla.runtime as xr
 from safetensors import SafetensorError
 
-from trainer.arguments import NEWEST, BadInput
+from trainer.arguments import NEWEST
+from trainer.flags import BadInput
 from trainer.sharding import Range, Spec, from_hosts, local_parts, local_places, local_replicas
 from trainer.storage import Bucket, Directory, at
 

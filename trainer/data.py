@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer import hub
+from trainer.arguments import Arguments
 from trainer.flags import BadInput
 from trainer.text_sources import (
-    check_parquet,
-    read_texts,
     split_texts,
     stream_texts,
     validation_texts,
@@ -38,10 +37,8 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
     from transformers import PreTrainedTokenizerFast
 
-    from trainer.arguments import Arguments
-
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1 and 2, as in Mixtral's own tokenizer
-_BYTES = 256  # the alphabet of a byte-level BPE
+BYTE_ALPHABET = 256  # tokens of a byte-level BPE before any merge
 _TEXTS_AT_ONCE = 1000
 _SHUFFLE_BUFFER = 10_000  # texts, of a stream
 
@@ -89,25 +86,6 @@ class Stream:
     tokenizer: PreTrainedTokenizerFast
     crc32: int
     validation: Blocks | None
-
-
-def check(arguments: Arguments) -> None:
-    """Raise BadInput if the local text cannot fill one block, or its vocabulary cannot be built."""
-    vocab_size = arguments.config["vocab_size"]
-    if not arguments.model.tokenizer_name and vocab_size < _BYTES + len(SPECIAL_TOKENS):
-        raise BadInput(
-            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least "
-            f"{_BYTES + len(SPECIAL_TOKENS)}. Raise it in {arguments.model.config_name}, or give "
-            "--tokenizer_name"
-        )
-    for flag in ("train_file", "validation_file"):
-        path = getattr(arguments.data, flag)
-        if path and path.suffix == ".parquet":
-            check_parquet(path, flag)
-        elif path:
-            # No token is shorter than a byte.
-            size = sum(len(text.encode()) for text in read_texts(path, flag))
-            _check_fills_block(path, size, "bytes", arguments.data.block_size)
 
 
 def load_tokenizer(arguments: Arguments, texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -168,7 +146,7 @@ def stream(arguments: Arguments) -> Stream:
     tokens = np.concatenate(_tokenize(tokenizer, sample))
     size = sum(len(text.encode()) for text in sample)
     source = arguments.data.train_file or arguments.data.dataset_name
-    _check_fills_block(source, len(tokens), "tokens", 1)
+    check_fills_block(source, len(tokens), "tokens", 1)
     texts = texts.shuffle(seed=arguments.training.seed, buffer_size=_SHUFFLE_BUFFER)
     block_size, crc32 = arguments.data.block_size, zlib.crc32(tokens)
     validation = _pack_validation(arguments, validation_texts(arguments), tokenizer)
@@ -194,7 +172,7 @@ def _pack(
         _write_tokens(directory, tokenizer, texts)
     info = json.loads((directory / "info.json").read_text())
     block_size = arguments.data.block_size
-    _check_fills_block(source, info["tokens"], "tokens", block_size)
+    check_fills_block(source, info["tokens"], "tokens", block_size)
     shape = (info["tokens"] // block_size, block_size)
     _say(
         f"{source}: {len(texts)} texts, {info['tokens']} tokens, {shape[0]} blocks of {block_size}"
@@ -421,7 +399,8 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-def _check_fills_block(source: Path | str, length: int, unit: str, block_size: int) -> None:
+def check_fills_block(source: Path | str, length: int, unit: str, block_size: int) -> None:
+    """Raise BadInput if ``length`` units of text, such as tokens, do not fill one block."""
     if length < block_size:
         raise BadInput(
             f"{source} has {length} {unit}, fewer than one block of {block_size} tokens; give more "

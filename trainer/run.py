@@ -31,9 +31,10 @@ from trainer import (
     tpu,
     weights,
 )
-from trainer.arguments import Arguments, check_devices, profile, slices
+from trainer.arguments import Arguments
 from trainer.config import ARCHITECTURE
 from trainer.sharding import AXES, local_rows, make_mesh, partition_spec, size
+from trainer.validation import check_devices, profile, slices
 
 # The packages that the report names with their versions
 STACK = ("torch", "torch_xla", "transformers", "jax", "libtpu")

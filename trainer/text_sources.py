@@ -13,18 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer import hub
+from trainer.arguments import PYTHON_HELP, TEXT_FILES, Arguments
 from trainer.flags import BadInput
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-    from trainer.arguments import Arguments
-
-PYTHON_HELP = "python-help"
-TEXT_FILES = (
-    'a .txt, or a .json or .jsonl with one object {"text": ...} a line, in UTF-8, or a .parquet '
-    "with a column text, or else with texts in its first one"
-)
 _PARQUET = b"PAR1"  # a Parquet file begins and ends with it
 _ROWS_AT_ONCE = 1000
 

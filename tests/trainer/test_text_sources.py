@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.arguments import BadInput, parse, validate
+from trainer.flags import BadInput
 from trainer.text_sources import load_texts, read_texts
+from trainer.validation import parse, validate
 
 # Line separators that Python's splitlines would split at, and an unfinished last line.
 TEXT = "One line.\r\n\n  Two\u2028lines\x0b, é 漢 🙂\nno end"

@@ -15,10 +15,12 @@ import sys
 from typing import NoReturn
 
 from trainer import metrics
-from trainer.arguments import Arguments, BadInput, check_devices, parse
+from trainer.arguments import Arguments
+from trainer.flags import BadInput
 from trainer.plan import estimate
 from trainer.plan.table import table
 from trainer.tpu import Slice, parse_slice
+from trainer.validation import check_devices, parse
 
 FITS, BAD_INPUT, DOES_NOT_FIT, DOES_NOT_COMPILE = 0, 2, 3, 4
 

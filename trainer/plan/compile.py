@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 
 from trainer import tpu
-from trainer.arguments import Arguments, parse
+from trainer.arguments import Arguments
 from trainer.plan import hlo
 from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
+from trainer.validation import parse
 
 # The TPU exists only as a topology, and nothing is to be looked for.
 ENVIRONMENT = {

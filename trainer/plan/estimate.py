@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from trainer import metrics
-from trainer.arguments import Arguments, BadInput, check_devices
+from trainer.arguments import Arguments
+from trainer.flags import BadInput
 from trainer.plan import hlo
 from trainer.tpu import GIB, Chip, Slice, topology_of
+from trainer.validation import check_devices
 
 KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, that the modelled Pallas kernels reach
 # What a compiler that refuses says, and what to do about it

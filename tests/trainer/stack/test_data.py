@@ -12,7 +12,6 @@ import torch_xla
 from transformers import PreTrainedTokenizerFast
 
 from trainer import sharding
-from trainer.arguments import BadInput, parse
 from trainer.data import (
     Batch,
     Blocks,
@@ -24,7 +23,9 @@ from trainer.data import (
     stream_batches,
     validation_batches,
 )
+from trainer.flags import BadInput
 from trainer.text_sources import load_texts, stream_texts
+from trainer.validation import parse
 
 BLOCK = 64
 

@@ -16,9 +16,11 @@ from huggingface_hub.utils import _http, close_session
 
 from tests.servers.hub import Fault, Hub, sha256
 from tests.servers.hub_content import tokenizer, wikitext
-from trainer.arguments import Arguments, BadInput, parse
+from trainer.arguments import Arguments
 from trainer.data import load_tokenizer
+from trainer.flags import BadInput
 from trainer.text_sources import load_texts
+from trainer.validation import parse
 
 DATASET, TOKENIZER = "Salesforce/wikitext", "mistralai/Mixtral-8x7B-v0.1"
 TRAIN = "wikitext-2-raw-v1/train-00000-of-00001.parquet"

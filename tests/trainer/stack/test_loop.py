@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from report.profile import read as read_trace
-from trainer.arguments import parse
 from trainer.data import load_tokenizer
 from trainer.metrics import LEAST_STEPS
 from trainer.text_sources import load_texts
+from trainer.validation import parse
 
 PRESETS = Path(__file__).parents[3] / "trainer" / "presets"
 

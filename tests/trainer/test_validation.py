@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.arguments import BadInput, check_devices, parse, validate
+from trainer.flags import BadInput
+from trainer.validation import check_devices, parse, validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -354,7 +355,7 @@ def test_an_environment_that_cannot_be_is_refused(
 
 
 def test_validation_needs_no_package(argv: list[str]) -> None:
-    program = "import sys; from trainer.arguments import validate; validate(sys.argv[1:], {})"
+    program = "import sys; from trainer.validation import validate; validate(sys.argv[1:], {})"
     result = subprocess.run(
         [sys.executable, "-S", "-c", program, *argv], cwd=ROOT, capture_output=True, text=True
     )
