@@ -56,7 +56,7 @@ def passes(name: str, device: str, size: tuple[int, int, int]) -> Callable[[], N
         torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     target = torch_xla.device() if device == "xla" else torch.device("cpu")
     if name in experts.MODES:
-        experts.lay_out(module)
+        experts.split_projections(module)
     module = module.to(target)
     x = torch.randn(tokens, hidden, generator=generator).to(target).requires_grad_()
     leaves = [x, *module.parameters()]

@@ -39,9 +39,9 @@ TOKENS = (FSDP, None)
 HEADS = (FSDP, None, None, None)
 
 
-def lay_out(module) -> None:
+def split_projections(module) -> None:
     """Give the experts three weights that tokens are multiplied with from the left."""
-    experts_lay_out(module)
+    original(module)
     module.down_proj = torch.nn.Parameter(module.down_proj.data.mT.contiguous())
 
 
@@ -143,7 +143,7 @@ def causal_lm_loss(model, tokens, segments=None, *, recompute):
 
 
 if __name__ == "__main__":
-    experts_lay_out, experts.lay_out = experts.lay_out, lay_out
+    original, experts.split_projections = experts.split_projections, split_projections
     register_experts, register_attention = experts.register, attention.register
 
     def register() -> None:

@@ -70,7 +70,7 @@ def ours(config: dict, state: dict, *, recompute: bool) -> Callable[[int, torch.
     theirs = MixtralForCausalLM(MixtralConfig.from_dict(config))
     theirs.load_state_dict(state)
     for layer in theirs.model.layers:
-        experts.lay_out(layer.mlp.experts)
+        experts.split_projections(layer.mlp.experts)
     laid_out = theirs.state_dict()
     model.load(mixtral, lambda name, shape: laid_out[name].reshape(shape))
     optimizer = Adafactor(mixtral.named_parameters())

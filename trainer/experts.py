@@ -7,8 +7,8 @@
 Each has the signature of transformers' experts interface, ``fn(module, hidden, index, weights)``:
 hidden ``[N, H]``, the top-k experts of every token ``[N, k]`` (int64) and their weights ``[N, k]``
 (fp32), result ``[N, H]`` in hidden's dtype. ``module`` is transformers' ``MixtralExperts`` with
-the parameters that :func:`lay_out` gives it. Where the mesh splits ``I`` over its axis ``tensor``,
-each device computes with its part of every expert, and the parts' results are summed.
+the parameters that :func:`split_projections` gives it. Where the mesh splits ``I`` over its axis
+``tensor``, each device computes with its part of every expert, and the parts' results are summed.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from trainer.grouped_matmul import grouped_matmul, kernel
-from trainer.sharding import combine, spread
+from trainer.sharding import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 MODES = ("gmm", "gmm_stack", "static")
 
@@ -33,7 +33,7 @@ def register() -> None:
         ALL_EXPERTS_FUNCTIONS.register(name, _split(function))
 
 
-def lay_out(module: MixtralExperts) -> None:
+def split_projections(module: MixtralExperts) -> None:
     """Give transformers' experts ``gate_proj``, ``up_proj`` and ``down_proj``, each ``[E, H, I]``.
 
     transformers has the first two as one, ``gate_up_proj [E, 2I, H]``. Split on H, which is not the
@@ -52,7 +52,8 @@ def _split(function):
 
     @functools.wraps(function)
     def run(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
-        return combine(function(module, spread(hidden_NH), index_NK, spread(weights_NK)))
+        hidden_NH, weights_NK = map(copy_to_tensor_parallel, (hidden_NH, weights_NK))
+        return reduce_from_tensor_parallel(function(module, hidden_NH, index_NK, weights_NK))
 
     return run
 
@@ -67,7 +68,7 @@ class Routing:
 
 
 @contextlib.contextmanager
-def routed(router: torch.nn.Module) -> Iterator[list]:
+def capture_routing(router: torch.nn.Module) -> Iterator[list]:
     """Collect what ``router``, transformers' ``MixtralTopKRouter``, returns in this context."""
     outputs: list = []
     hook = router.register_forward_hook(lambda _module, _args, output: outputs.append(output))

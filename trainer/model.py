@@ -1,9 +1,10 @@
 """Mixtral for training: transformers' own layers, run as one scan in one manual region.
 
-Parameters stay per layer, under transformers' names but for the experts' (``experts.lay_out``).
-Inside a step they are stacked, the layers become the body of one XLA loop, and backward runs a
-second loop in reverse that recomputes each layer from its input. The program's size and compile
-time do not depend on the depth, and no layer's activations outlive the layer.
+Parameters stay per layer, under transformers' names but for the experts'
+(``experts.split_projections``). Inside a step they are stacked, the layers become the body of one
+XLA loop, and backward runs a second loop in reverse that recomputes each layer from its input. The
+program's size and compile time do not depend on the depth, and no layer's activations outlive the
+layer.
 """
 
 from collections.abc import Callable
@@ -22,16 +23,16 @@ from trainer.sharding import (
     FSDP,
     HIDDEN_SHARDING,
     SLICE,
-    assemble,
-    combine,
+    copy_to_tensor_parallel,
     enter_manual,
     gather,
+    gather_parameter,
     leave_manual,
     partition_spec,
-    put,
+    reduce_from_tensor_parallel,
     shard,
     size,
-    spread,
+    to_mesh,
 )
 
 ROPE_SHARDING = (None, None, None)  # cos and sin, [1, T, D], whole on every device
@@ -57,19 +58,19 @@ def build(
             experts_implementation=experts_mode,
         )
     for layer in model.model.layers:
-        experts.lay_out(layer.mlp.experts)
+        experts.split_projections(layer.mlp.experts)
         layer.self_attn.register_forward_pre_hook(_spread_input, with_kwargs=True)
         layer.self_attn.register_forward_hook(_combine_output)
     return model.train()
 
 
 def _spread_input(attention, args, kwargs):
-    return args, kwargs | {"hidden_states": spread(kwargs["hidden_states"])}
+    return args, kwargs | {"hidden_states": copy_to_tensor_parallel(kwargs["hidden_states"])}
 
 
 def _combine_output(attention, args, output):
     hidden, weights = output
-    return combine(hidden), weights
+    return reduce_from_tensor_parallel(hidden), weights
 
 
 def initialize(model: MixtralForCausalLM, seed: int) -> None:
@@ -85,7 +86,7 @@ def initialize(model: MixtralForCausalLM, seed: int) -> None:
             fresh = MixtralExperts(model.config).to(module.down_proj.dtype)
         model._init_weights(fresh)
         if isinstance(module, MixtralExperts):
-            experts.lay_out(fresh)
+            experts.split_projections(fresh)
         for name, parameter in list(fresh.named_parameters(recurse=False)):
             place(module, prefix, name, parameter.data)
         _place_buffers(module)
@@ -113,7 +114,7 @@ def load(model: MixtralForCausalLM, read: Callable[[str, torch.Size], torch.Tens
 
 def place(module: torch.nn.Module, prefix: str, name: str, data: torch.Tensor) -> None:
     """Make ``data``, on the host, the parameter ``name`` of a module, and move it to its shards."""
-    data = put(data, partition_spec(f"{prefix}.{name}"))
+    data = to_mesh(data, partition_spec(f"{prefix}.{name}"))
     setattr(module, name, torch.nn.Parameter(data))
 
 
@@ -144,7 +145,8 @@ def causal_lm_loss(
             checkpointing); else one after the other, keeping their activations.
     """
     decoder = model.model
-    embedding_VH = assemble(decoder.embed_tokens.weight, partition_spec("embed_tokens.weight"))
+    weight = decoder.embed_tokens.weight
+    embedding_VH = gather_parameter(weight, partition_spec("embed_tokens.weight"))
     hidden_BTH = shard(F.embedding(tokens_BT, embedding_VH), HIDDEN_SHARDING)
     positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).unsqueeze(0)
     cos, sin = decoder.rotary_emb(hidden_BTH, positions)
@@ -154,9 +156,9 @@ def causal_lm_loss(
     routing = experts.routing(means, config.num_local_experts, config.num_experts_per_tok)
     norm = decoder.norm
     hidden_BTH = functional_call(
-        norm, {"weight": assemble(norm.weight, partition_spec("norm.weight"))}, hidden_BTH
+        norm, {"weight": gather_parameter(norm.weight, partition_spec("norm.weight"))}, hidden_BTH
     )
-    head_VH = assemble(model.lm_head.weight, partition_spec("lm_head.weight"))
+    head_VH = gather_parameter(model.lm_head.weight, partition_spec("lm_head.weight"))
     logits_BTV = F.linear(hidden_BTH[:, :-1], head_VH).float()
     targets_BT = targets(tokens_BT, segments_BT, counted_B1)
     loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED)
@@ -210,7 +212,7 @@ def decode(
         if segments:
             options["segment_ids"] = segments[0]
         weights = {n: gather(w, s) for n, w, s in zip(names, shards, specs, strict=True)}
-        with experts.routed(layers[0].mlp.gate) as outputs:
+        with experts.capture_routing(layers[0].mlp.gate) as outputs:
             out = functional_call(layers[0], weights, (hidden,), options)
         logits, _, index = outputs[0]
         return out, experts.routing_means(logits, index).unsqueeze(0)

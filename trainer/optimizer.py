@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from trainer.sharding import partition_spec, put
+from trainer.sharding import partition_spec, to_mesh
 
 EPSILON = 1e-30  # added to the squared gradient
 CLIP_THRESHOLD = 1.0  # largest root mean square of an update
@@ -53,7 +53,7 @@ class Adafactor:
                     "exp_avg_sq_col": (shape[:-2] + shape[-1:], spec[:-2] + spec[-1:]),
                 }
             moments = {
-                f"{name}.{moment}": put(initial(f"{name}.{moment}", s), p)
+                f"{name}.{moment}": to_mesh(initial(f"{name}.{moment}", s), p)
                 for moment, (s, p) in kept.items()
             }
             self.parameters.append(parameter)

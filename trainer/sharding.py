@@ -6,8 +6,9 @@ Which dimension of a parameter goes with which axis is one row of ``PARAMETER_SH
 
 Inside the decoder layers nothing is left to the partitioner: the layers run in a manual region,
 where :func:`gather` brings what a device needs of a weight and, in backward, returns each device
-its share of the summed gradient; :func:`spread` and :func:`combine` stand where a layer's work
-begins and ends to be split over ``tensor``.
+its share of the summed gradient; :func:`copy_to_tensor_parallel` and
+:func:`reduce_from_tensor_parallel` stand where a layer's work begins and ends to be split over
+``tensor``.
 """
 
 import functools
@@ -43,7 +44,7 @@ PARAMETER_SHARDING: tuple[tuple[str, Spec], ...] = (
 BATCH_SHARDING = ((SLICE, FSDP), None)  # [B, T]
 HIDDEN_SHARDING = ((SLICE, FSDP), None, None)  # [B, T, H]
 
-# What stands for data in a traced program, and how the data would be split; see put.
+# What stands for data in a traced program, and how the data would be split; see to_mesh.
 placeholders: list[tuple[torch.Tensor, Spec]] = []
 
 
@@ -135,7 +136,7 @@ def from_hosts(value: float) -> torch.Tensor:
     return shard(torch.full((devices,), float(value)).to(torch_xla.device()), (AXES,))
 
 
-def put(data: torch.Tensor, spec: Spec) -> torch.Tensor:
+def to_mesh(data: torch.Tensor, spec: Spec) -> torch.Tensor:
     """Return ``data``, which is on the host, split over the global mesh.
 
     What is on meta becomes a placeholder, a shape that a program can be traced with but not run. It
@@ -195,7 +196,7 @@ def from_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> torch.Tensor:
     """
     whole = np.zeros((batch, values.shape[1]), values.dtype)
     whole[rows] = values
-    return put(torch.from_numpy(whole), BATCH_SHARDING)
+    return to_mesh(torch.from_numpy(whole), BATCH_SHARDING)
 
 
 def shard(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
@@ -215,7 +216,7 @@ class _Assemble(torch.autograd.Function):
         return shard(gradient * 1, ctx.spec), None
 
 
-def assemble(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+def gather_parameter(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
     """Outside the manual region: a parameter of ``spec``, no longer split over ``fsdp``.
 
     Its gradient is marked with ``spec`` again, so that the partitioner scatters what it reduces.
@@ -323,7 +324,7 @@ class _Combine(torch.autograd.Function):
         return gradient
 
 
-def spread(tensor: torch.Tensor) -> torch.Tensor:
+def copy_to_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
     """In a manual region: what all devices along ``tensor`` have and each goes on with its part of.
 
     Backward sums the parts' gradients (Shoeybi et al. 2019, operator f).
@@ -331,6 +332,6 @@ def spread(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if size(TENSOR) == 1 else _Spread.apply(tensor)
 
 
-def combine(tensor: torch.Tensor) -> torch.Tensor:
+def reduce_from_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
     """In a manual region: the sum of what the devices along ``tensor`` have (operator g)."""
     return tensor if size(TENSOR) == 1 else _Combine.apply(tensor)

@@ -78,7 +78,7 @@ class Weights:
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return the parameter ``name`` on the host, in ``shape`` and the type it is stored in.
 
-        The shape is the trainer's, as ``experts.lay_out`` says.
+        The shape is the trainer's, as ``experts.split_projections`` says.
         """
         if name in self._files:
             return self._tensor(name, shape)

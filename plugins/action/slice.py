@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from plugins.module_utils.cloud_tpu import (
     MAX_MINUTES,
     CloudTpu,
-    Problem,
+    CloudTpuError,
     Slice,
     age_hours,
     from_environment,
@@ -109,10 +109,10 @@ def key_line(user: str, path: str, required: bool) -> str:
         key = file.read_text(encoding="utf-8").strip()
     except OSError as error:
         if required:
-            raise Problem(f"ssh_public_key_file {path}: {error.strerror}") from error
+            raise CloudTpuError(f"ssh_public_key_file {path}: {error.strerror}") from error
         return ""
     if not user:
-        raise Problem(f"Which user logs in with {path}? export TPU_USER=…")
+        raise CloudTpuError(f"Which user logs in with {path}? export TPU_USER=…")
     return f"{user}:{key}"
 
 
@@ -143,7 +143,7 @@ def shown(slices: list[Mapping[str, Any]]) -> str:
     return yaml.dump(rows, Dumper=AnsibleDumper, sort_keys=False) if rows else ""
 
 
-class Life:
+class SliceLifecycle:
     """The life of what one name means: a slice, or a queued resource of one or more slices."""
 
     def __init__(self, cloud: CloudTpu, name: str, args: Mapping[str, Any], check: bool) -> None:
@@ -156,14 +156,14 @@ class Life:
         found = slices, _ = self.cloud.find(self.name)
         now, line = phase(*found), wanted.pop("key_line")
         if now == "stopped":
-            raise Problem(
+            raise CloudTpuError(
                 f"{self.name} is stopped ({told(*found)}). Start it (gcloud compute tpus tpu-vm "
                 f"start {self.name}), or delete it: ansible-playbook slice.yml -e state=absent"
             )
         if now in ("ready", "coming"):
             other = differences(slices, wanted) if slices else []
             if other:
-                raise Problem(
+                raise CloudTpuError(
                     f"{self.name} is there, and cannot be changed in place: {'; '.join(other)}. "
                     "Nothing was changed. Delete it first: "
                     "ansible-playbook slice.yml -e state=absent"
@@ -174,7 +174,7 @@ class Life:
             slices = slices if now == "ready" else self._wait_ready(None)
             return self._update(slices, wanted, line)
         if not wanted["accelerator_type"]:
-            raise Problem(
+            raise CloudTpuError(
                 f"{self.name} is not there, and which slice it should be is not said: "
                 "-e accelerator_type=v5p-16 (and with it -e spot=true, -e max_hours=8)"
             )
@@ -202,7 +202,7 @@ class Life:
             # The node's name was given; only its queued resource can be deleted, and only whole.
             found = slices, request = self.cloud.find(owner)
             if len(slices) > 1:
-                raise Problem(
+                raise CloudTpuError(
                     f"{self.name} is one of {len(slices)} slices of queued resource {owner}, which "
                     f"can only be deleted whole: TPU_NAME={owner}"
                 )
@@ -245,12 +245,12 @@ class Life:
             nonlocal found
             reason = operation and self.cloud.failure(operation)
             if reason:
-                raise Problem(reason)
+                raise CloudTpuError(reason)
             found = self.cloud.find(self.name)
             self._say(told(*found))
             now = phase(*found)
             if now in ("dead", "leaving", "stopped"):
-                raise Problem(
+                raise CloudTpuError(
                     f"{self.name} did not become READY: {told(*found)}. Try again: the same "
                     "command deletes what is left, and makes it anew"
                 )
@@ -270,7 +270,7 @@ class Life:
         end = time.monotonic() + self.args["timeout_minutes"] * 60
         while not condition():
             if time.monotonic() > end:
-                raise Problem(
+                raise CloudTpuError(
                     f"{self.name} is not {what} after {self.args['timeout_minutes']:g} minutes: "
                     f"{hint()}"
                 )
@@ -314,25 +314,25 @@ class ActionModule(ActionBase):
         try:
             for name, variable in (("project", "PROJECT"), ("zone", "ZONE"), ("name", "TPU_NAME")):
                 if not args[name] and not (name == "name" and args["expired"]):
-                    raise Problem(f"Which {name}? export {variable}=…")
+                    raise CloudTpuError(f"Which {name}? export {variable}=…")
             wanted = self._wanted(args) if args["state"] == "present" else {}
             cloud = CloudTpu(args["project"], args["zone"], from_environment())
             if args["expired"]:
                 return self._expired(cloud, args, check)
             if args["state"] not in ("present", "absent"):
-                raise Problem(
+                raise CloudTpuError(
                     "What is to be done? -e state=present makes the slice, -e state=absent deletes "
                     "it, -e expired=true deletes all that have outlived their max_hours"
                 )
-            life = Life(cloud, args["name"], args, check)
+            life = SliceLifecycle(cloud, args["name"], args, check)
             return life.present(wanted) if wanted else life.absent()
-        except Problem as problem:
+        except CloudTpuError as problem:
             return {"failed": True, "msg": str(problem)}
 
     def _wanted(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is wanted, in the provider's words; what is not given is empty."""
         if args["spot"] and args["reserved"]:
-            raise Problem("spot and reserved are both on: a slice is one of them, or neither")
+            raise CloudTpuError("spot and reserved are both on: a slice is one of them, or neither")
         wanted = {name: args[name] for name in self._VALID_ARGS if name in args}
         wanted["labels"] = {key: str(value) for key, value in args["labels"].items()}
         wanted["metadata"] = {key: str(value) for key, value in args["metadata"].items()}
@@ -347,7 +347,7 @@ class ActionModule(ActionBase):
             wanted["default_runtime"] = of_shape.pop("runtime_version")
             wanted |= of_shape
         elif args["topology"]:
-            raise Problem("topology is given without its chip: -e accelerator_type=v5p")
+            raise CloudTpuError("topology is given without its chip: -e accelerator_type=v5p")
         return wanted
 
     def _expired(self, cloud: CloudTpu, args: Mapping[str, Any], check: bool) -> dict[str, Any]:
@@ -358,8 +358,8 @@ class ActionModule(ActionBase):
         # One that cannot be deleted must not let the others live.
         for name in names:
             try:
-                results.append(Life(cloud, name, args, check).absent())
-            except Problem as problem:
+                results.append(SliceLifecycle(cloud, name, args, check).absent())
+            except CloudTpuError as problem:
                 problems.append(str(problem))
         diff = {
             side: "".join(result["diff"][side] for result in results)

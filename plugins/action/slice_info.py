@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from plugins.module_utils.cloud_tpu import (
     CloudTpu,
-    Problem,
+    CloudTpuError,
     Slice,
     age_hours,
     from_environment,
@@ -53,7 +53,7 @@ class ActionModule(ActionBase):
         args = self._task.args
         try:
             slices = CloudTpu(args["project"], args["zone"], from_environment()).slices()
-        except Problem as problem:
+        except CloudTpuError as problem:
             return {"failed": True, "msg": str(problem)}
         symptoms: dict[str, list[str]] = {}
         for it in slices:

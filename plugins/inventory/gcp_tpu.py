@@ -241,7 +241,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             with contextlib.suppress(KeyError):
                 return self._cache[key]
         # Google's client takes half a second to load, and with a cache nobody needs it.
-        from plugins.module_utils.cloud_tpu import CloudTpu, Problem
+        from plugins.module_utils.cloud_tpu import CloudTpu, CloudTpuError
 
         options = {name: self.get_option(name) for name in AUTH}
         slices = []
@@ -260,7 +260,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                     # A user's key or script is nobody's inventory.
                     del found["metadata"]
                     slices.append(found)
-        except Problem as problem:
+        except CloudTpuError as problem:
             raise AnsibleParserError(str(problem)) from problem
         if self.get_option("cache"):
             self._cache[key] = slices

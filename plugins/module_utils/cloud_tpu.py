@@ -1,8 +1,8 @@
 """The seam to whoever makes TPU slices: list, create, update, delete, and why something failed.
 
 Everything that knows Google's client library is here, on its REST transport. What leaves this file
-is plain data, as a cache can store it, and Problem, which a user can read. Another provider is
-another class with the methods of CloudTpu.
+is plain data, as a cache can store it, and CloudTpuError, which a user can read. Another provider
+is another class with the methods of CloudTpu.
 
 It is imported late, because Google's client takes half a second to load.
 """
@@ -96,7 +96,7 @@ def know_operations() -> None:
 know_operations()
 
 
-class Problem(Exception):
+class CloudTpuError(Exception):
     """What went wrong, in one line, with what to do about it."""
 
 
@@ -123,12 +123,12 @@ def is_expired(slice_: Slice, now: datetime | None = None) -> bool:
 def shape(accelerator_type: str, topology: str) -> dict[str, str]:
     """Return what makes a slice of this shape: accelerator_type, topology, chip, runtime_version.
 
-    The type may be a chip alone, such as v5p, where there is a topology. Raises Problem for a type
-    that does not exist and for a topology that is not the type's.
+    The type may be a chip alone, such as v5p, where there is a topology. Raises CloudTpuError for a
+    type that does not exist and for a topology that is not the type's.
     """
     dimensions = topology.split("x") if topology else []
     if not all(size.isdecimal() and int(size) for size in dimensions):
-        raise Problem(f"topology is {topology!r}: numbers of chips are needed, such as 4x4x8")
+        raise CloudTpuError(f"topology is {topology!r}: numbers of chips are needed, such as 4x4x8")
     chips = math.prod(map(int, dimensions))
     names = {api: chip for chip, (_, api, _) in API_NAMES.items()}
     alone = names.get(accelerator_type, accelerator_type)
@@ -137,13 +137,15 @@ def shape(accelerator_type: str, topology: str) -> dict[str, str]:
     try:
         chip, of_type, _ = parse_accelerator_type(accelerator_type)
     except ValueError as error:
-        raise Problem(f"{error}") from error
+        raise CloudTpuError(f"{error}") from error
     if chip.name not in API_NAMES:
-        raise Problem(f"the Cloud TPU API makes no {chip.name}; it has {', '.join(API_NAMES)}")
+        raise CloudTpuError(
+            f"the Cloud TPU API makes no {chip.name}; it has {', '.join(API_NAMES)}"
+        )
     family, name, version = API_NAMES[chip.name]
     flat = chip.name in ("v5e", "v6e")
     if dimensions and (chips != of_type or len(dimensions) != (2 if flat else 3)):
-        raise Problem(
+        raise CloudTpuError(
             f"topology {topology} does not match {accelerator_type}: it has {of_type} chips, in "
             f"{'two' if flat else 'three'} dimensions. Give one of the two, or make them match"
         )
@@ -160,7 +162,7 @@ class CloudTpu:
     """Slices of one project and zone, through the Cloud TPU API.
 
     ``options`` are those of ENVIRONMENT. ``zone`` may be ``-``, all zones, where it is only read.
-    Every method raises Problem for whatever the API, the network or the credentials refuse.
+    Every method raises CloudTpuError for whatever the API, the network or the credentials refuse.
     """
 
     def __init__(self, project: str, zone: str, options: Mapping[str, Any]) -> None:
@@ -314,7 +316,7 @@ class CloudTpu:
             auth_exceptions.GoogleAuthError,
             requests.exceptions.RequestException,
         ) as error:
-            raise Problem(self._reason(what, error)) from error
+            raise CloudTpuError(self._reason(what, error)) from error
 
     def _reason(self, what: str, error: Exception) -> str:
         """Return in one line what the API said, and what to do."""
@@ -393,13 +395,13 @@ def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.creden
     address = urlsplit(endpoint)
     loopback = address.hostname in ("127.0.0.1", "::1", "localhost")
     if address.scheme != "https" and not (address.scheme == "http" and loopback):
-        raise Problem(
+        raise CloudTpuError(
             f"api_endpoint is {endpoint!r}: an https:// address is needed, or http:// on this "
             f"machine (127.0.0.1). Google's own is {ENDPOINT}"
         )
     if kind == "anonymous":
         if address.scheme != "http":
-            raise Problem(
+            raise CloudTpuError(
                 f"auth_kind anonymous goes with an http:// endpoint on this machine, not with "
                 f"{endpoint}: use application, serviceaccount, machineaccount or accesstoken"
             )
@@ -409,19 +411,19 @@ def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.creden
     if kind == "accesstoken":
         token = options.get("access_token")
         if not token:
-            raise Problem("auth_kind is accesstoken, but there is no GCP_ACCESS_TOKEN")
+            raise CloudTpuError("auth_kind is accesstoken, but there is no GCP_ACCESS_TOKEN")
         return oauth2.Credentials(token)
     if kind == "machineaccount":
         email = options.get("service_account_email") or "default"
         return compute_engine.Credentials(service_account_email=email)
     if kind != "serviceaccount":
-        raise Problem(
+        raise CloudTpuError(
             f"auth_kind is {kind!r}: application, serviceaccount, machineaccount, accesstoken or "
             "anonymous is allowed"
         )
     path, contents = options.get("service_account_file"), options.get("service_account_contents")
     if not path and not contents:
-        raise Problem("auth_kind is serviceaccount, but there is no GCP_SERVICE_ACCOUNT_FILE")
+        raise CloudTpuError("auth_kind is serviceaccount, but there is no GCP_SERVICE_ACCOUNT_FILE")
     try:
         if path:
             return service_account.Credentials.from_service_account_file(
@@ -432,7 +434,7 @@ def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.creden
     except (OSError, ValueError) as error:
         # The text of a key is a secret, and so is all of its parts.
         detail = error.strerror if isinstance(error, OSError) else "it is no service account's key"
-        raise Problem(
+        raise CloudTpuError(
             f"{path or 'service_account_contents'}: {detail}. "
             "Make one: gcloud iam service-accounts keys create"
         ) from None

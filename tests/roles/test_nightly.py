@@ -88,16 +88,16 @@ def noted(tmp_path: Path) -> list[str]:
 
 def test_the_newest_is_asked_for_once_and_kept_from_then_on(play, index, tmp_path):
     index.login = "ada:secret"
-    ran = play("main note", "--check", "-vvv")
+    ran = play("main record", "--check", "-vvv")
     assert told(ran, NEW), ran.stdout + ran.stderr
     assert not noted(tmp_path)
-    assert told(play("main note"), NEW)
+    assert told(play("main record"), NEW)
     assert noted(tmp_path) == [NEW, NEW]
     assert index.asked("GET /nightly/torch/") == 2
 
     # From now on the slice itself says it, whatever is new.
     index.faults.append(Fault("/", times=ALWAYS))
-    again = play("main note")
+    again = play("main record")
     assert told(again, NEW)
     assert "changed=0" in again.stdout
     assert told(play("read"), NEW)
@@ -106,18 +106,19 @@ def test_the_newest_is_asked_for_once_and_kept_from_then_on(play, index, tmp_pat
 def test_a_worker_that_was_made_anew_gets_what_the_others_have(play, index, tmp_path):
     (tmp_path / "w0").mkdir()
     (tmp_path / "w0/nightly_date").write_text(f"{OLD}\n")
-    ran = play("main note", "--limit", "w1")
+    ran = play("main record", "--limit", "w1")
     assert ran.returncode == 0, ran.stdout
     assert noted(tmp_path) == [OLD, OLD]
     assert not index.requests
 
 
 def test_a_day_that_is_asked_for_is_taken_and_asks_nobody(play, index, tmp_path):
-    assert told(play("main note", nightly_day=NEW), NEW)
-    assert told(play("main note", nightly_day=OLD), OLD)
+    assert told(play("main record", nightly_requested_date=NEW), NEW)
+    assert told(play("main record", nightly_requested_date=OLD), OLD)
     assert noted(tmp_path) == [OLD, OLD]
     assert not index.requests
-    assert "2025-09-28 is no day of a nightly" in play("main note", nightly_day="2025-09-28").stdout
+    refused = play("main record", nightly_requested_date="2025-09-28")
+    assert "2025-09-28 is no day of a nightly" in refused.stdout
 
 
 def test_workers_with_different_days_are_refused(play, tmp_path):
@@ -145,6 +146,6 @@ def test_an_index_that_is_down_ends_it_and_its_login_is_not_shown(play, index, t
 
 
 def test_a_reset_forgets_it(play, tmp_path):
-    assert told(play("main note", nightly_day=OLD), OLD)
+    assert told(play("main record", nightly_requested_date=OLD), OLD)
     assert told(play("reset"), "forgotten")
     assert not noted(tmp_path)

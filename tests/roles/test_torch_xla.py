@@ -41,7 +41,7 @@ def install(tmp_path: Path) -> Install:
         "torch_xla__venv": str(tmp_path / "stacks/release-1"),
         "torch_xla__python": str(python),
     }
-    command = Templar(loader, variables=variables).template(tasks[-1]["long_command"]["cmd"])
+    command = Templar(loader, variables=variables).template(tasks[-1]["run_with_progress"]["cmd"])
 
     def start() -> subprocess.Popen:
         directory = tmp_path / f"command-{time.monotonic_ns()}"

@@ -97,7 +97,7 @@ def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_
         "trainer_image__workers": [[]],
     }
     templar = Templar(loader, variables=variables)
-    command = templar.template(steps["Archive what workers lack"]["long_command"]["cmd"])
+    command = templar.template(steps["Archive what workers lack"]["run_with_progress"]["cmd"])
 
     (tmp_path / ".cache").mkdir()
     image, docker = tmp_path / "image.tar", tmp_path / "docker"

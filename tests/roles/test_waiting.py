@@ -16,7 +16,7 @@ ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
     ("tasks", "variables", "words"),
     [
         (
-            "docker_engine/tasks/bring.yml",
+            "docker_engine/tasks/install.yml",
             {"docker_engine_log": "{{ log }}", "docker_engine_start_seconds": 1},
             "ansible-playbook site.yml",
         ),

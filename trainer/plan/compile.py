@@ -102,7 +102,8 @@ def trace(arguments: Arguments, slice_: Slice) -> Lowered:
 
     def batch(dtype: torch.dtype) -> torch.Tensor:
         shape = (training.global_batch, arguments.data.block_size)
-        return sharding.put(torch.empty(shape, dtype=dtype, device="meta"), sharding.BATCH_SHARDING)
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        return sharding.to_mesh(empty, sharding.BATCH_SHARDING)
 
     rates = torch.tensor([1e-3, 0.5]).to(torch_xla.device())
     torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)  # as in the loop

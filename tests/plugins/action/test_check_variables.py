@@ -81,7 +81,11 @@ def test_what_can_be_meant_passes(values):
 
 def run_opening(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [Path(sys.executable).with_name("ansible-playbook"), "playbooks/opening.yml", *arguments],
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            "playbooks/check_workers.yml",
+            *arguments,
+        ],
         cwd=ROOT,
         env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
         capture_output=True,

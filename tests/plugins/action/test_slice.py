@@ -11,7 +11,7 @@ import yaml
 
 from plugins.action.slice import ActionModule
 from plugins.action.slice_info import ActionModule as InfoModule
-from plugins.module_utils.cloud_tpu import Problem, shape
+from plugins.module_utils.cloud_tpu import CloudTpuError, shape
 from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -278,7 +278,7 @@ def test_a_topology_says_the_type() -> None:
     assert shape("v5p", "4x4x8")["accelerator_type"] == "v5p-256"
     assert shape("v5litepod", "4x8") == shape("v5e-32", "4x8")
     assert shape("v4-8", "")["runtime_version"] == "tpu-ubuntu2204-base"
-    with pytest.raises(Problem, match="does not match v5p-256: it has 128"):
+    with pytest.raises(CloudTpuError, match="does not match v5p-256: it has 128"):
         shape("v5p-256", "4x4x4")
 
 

@@ -29,7 +29,7 @@ def progress(seconds: float, sent: int, size: int) -> str:
 
 
 class ActionModule(ActionBase):
-    """The action ``load_image``; its documentation is in plugins/modules."""
+    """The action ``stream_image``; its documentation is in plugins/modules."""
 
     _supports_check_mode = False
 

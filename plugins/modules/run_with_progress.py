@@ -1,7 +1,7 @@
-"""Documentation of the action plugin ``long_command``, which does all the work."""
+"""Documentation of the action plugin ``run_with_progress``, which does all the work."""
 
 DOCUMENTATION = """
-module: long_command
+module: run_with_progress
 short_description: runs a long command on the worker and shows that it moves
 description:
   - Runs a shell command in a new directory of its own, which is removed afterwards.
@@ -35,7 +35,7 @@ author:
 
 EXAMPLES = """
 - name: Count the lines of the trainer
-  long_command:
+  run_with_progress:
     would: count lines
     root: "{{ playbook_dir }}/.."
     files: [trainer/loop.py]

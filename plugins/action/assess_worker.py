@@ -216,7 +216,7 @@ def disk_complaints(free_gib: float, needed_gib: float) -> Iterator[str]:
 
 
 class ActionModule(ActionBase):
-    """``check_worker``: see roles/train/tasks/preflight.yml for its arguments."""
+    """``assess_worker``: see roles/train/tasks/preflight.yml for its arguments."""
 
     _requires_connection = False
     _supports_check_mode = True

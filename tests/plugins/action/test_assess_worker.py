@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from plugins.action.check_worker import (
+from plugins.action.assess_worker import (
     accelerator_complaints,
     broken_off_run,
     configuration_complaints,

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from plugins.action import long_command
+from plugins.action import run_with_progress
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def play(tmp_path):
-    """Run one task with ``long_command`` and return the finished ansible-playbook."""
+    """Run one task with ``run_with_progress`` and return the finished ansible-playbook."""
 
     def run(*options: str, **arguments: object) -> subprocess.CompletedProcess[str]:
-        task = {"name": "Work", "long_command": {"would": "work hard", **arguments}}
+        task = {"name": "Work", "run_with_progress": {"would": "work hard", **arguments}}
         task["environment"] = {"COLOUR": "deep blue"}
         playbook = tmp_path / "play.yml"
         playbook.write_text(
@@ -82,9 +82,9 @@ def test_it_shows_that_it_moves(monkeypatch, tmp_path):
         return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True).stdout
 
     lines = []
-    monkeypatch.setattr(long_command, "SHOW_SECONDS", 0.1)
-    monkeypatch.setattr(long_command.display, "display", lines.append)
-    action = long_command.ActionModule.__new__(long_command.ActionModule)
+    monkeypatch.setattr(run_with_progress, "SHOW_SECONDS", 0.1)
+    monkeypatch.setattr(run_with_progress.display, "display", lines.append)
+    action = run_with_progress.ActionModule.__new__(run_with_progress.ActionModule)
     monkeypatch.setattr(action, "_shell_out", shell_out)
     (tmp_path / "pid").write_text(str(os.getpid()))
     (tmp_path / "log").write_text("starting\ndownloading\n")
@@ -101,7 +101,7 @@ def test_check_mode_says_what_it_would_do(play, tmp_path):
 
 
 def test_time_reads_as_minutes_and_seconds():
-    assert [long_command.clock(seconds) for seconds in (0, 9.9, 60, 125, 3725)] == [
+    assert [run_with_progress.clock(seconds) for seconds in (0, 9.9, 60, 125, 3725)] == [
         "0:00",
         "0:09",
         "1:00",

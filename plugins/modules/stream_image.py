@@ -1,7 +1,7 @@
-"""Documentation of the action plugin ``load_image``, which does all the work."""
+"""Documentation of the action plugin ``stream_image``, which does all the work."""
 
 DOCUMENTATION = """
-module: load_image
+module: stream_image
 short_description: streams an image's archive into the worker's Docker engine
 description:
   - Pipes an archive of the controller into C(docker load) on the worker, over the connection that
@@ -22,7 +22,7 @@ author:
 EXAMPLES = """
 - name: Load the image
   become: true
-  load_image:
+  stream_image:
     archive: ~/image.tar.gz
 """
 

@@ -40,7 +40,7 @@ def clock(seconds: float) -> str:
 
 
 class ActionModule(ActionBase):
-    """The action ``long_command``; its documentation is in plugins/modules."""
+    """The action ``run_with_progress``; its documentation is in plugins/modules."""
 
     _supports_check_mode = True
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.action import load_image
+from plugins.action import stream_image
 
 ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
@@ -27,7 +27,7 @@ def load(tmp_path):
 
     def run(docker: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
         script(tmp_path / "bin/docker", docker)
-        task = {"name": "Load", "load_image": {"archive": str(tmp_path / "archive")}}
+        task = {"name": "Load", "stream_image": {"archive": str(tmp_path / "archive")}}
         play = [{"hosts": "all", "gather_facts": False, "tasks": [task]}]
         (tmp_path / "play.yml").write_text(json.dumps(play))
         variables = {"ansible_connection": "local"} | variables
@@ -109,17 +109,17 @@ def test_check_mode_loads_nothing(load, tmp_path):
 
 def test_it_shows_how_far_it_is(monkeypatch, tmp_path):
     lines = []
-    monkeypatch.setattr(load_image, "SHOW_SECONDS", 0.2)
-    monkeypatch.setattr(load_image.display, "display", lines.append)
+    monkeypatch.setattr(stream_image, "SHOW_SECONDS", 0.2)
+    monkeypatch.setattr(stream_image.display, "display", lines.append)
     (tmp_path / "archive").write_bytes(bytes(3 * MIB))
     with (tmp_path / "archive").open("rb") as archive:
         process = subprocess.Popen(
             ["sh", "-c", "dd bs=1M count=2 > /dev/null; sleep 0.5"], stdin=archive
         )
-        action = load_image.ActionModule.__new__(load_image.ActionModule)
+        action = stream_image.ActionModule.__new__(stream_image.ActionModule)
         assert action._follow(process, archive, "w0") == (2 * MIB, 3 * MIB)
     assert lines[0] == "  [w0] 0:00  2 of 3 MiB"
 
 
 def test_what_is_left_to_do_is_the_engine_s():
-    assert load_image.progress(125, 5 * MIB, 5 * MIB).startswith("2:05  all 5 MiB sent")
+    assert stream_image.progress(125, 5 * MIB, 5 * MIB).startswith("2:05  all 5 MiB sent")

@@ -51,6 +51,6 @@ def test_an_inventory_without_workers_is_refused(play, inventory) -> None:
 
 @pytest.mark.parametrize("limit", [[], ["--limit=w0"]])
 def test_with_workers_the_controller_is_not_in_the_recap(play, limit) -> None:
-    passed = play(WORKERS, "playbooks/opening.yml", *limit)
+    passed = play(WORKERS, "playbooks/check_workers.yml", *limit)
     assert passed.returncode == 0, passed.stdout
     assert "localhost" not in passed.stdout
