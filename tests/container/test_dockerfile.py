@@ -1,4 +1,4 @@
-"""The image's identity covers what the image is built from, and nothing that the controller runs."""
+"""The image's identity covers what it is built from, and nothing that the controller runs."""
 
 import re
 from pathlib import Path
