@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from trainer import data, tpu
 from trainer.arguments import (
+    GROUPS,
     PYTHON_HELP,
     Arguments,
     DataArguments,
@@ -35,8 +36,7 @@ def parse(argv: list[str]) -> Arguments:
 
     Raises BadInput for a flag, a value, a combination or a JSON file that cannot work.
     """
-    groups = (ModelArguments, DataArguments, TrainingArguments)
-    model, texts, training = parse_flags(argv, "python -m trainer", groups)
+    model, texts, training = parse_flags(argv, "python -m trainer", GROUPS)
     _check_combinations(model, texts, training)
     if not model.config_name:
         model = dataclasses.replace(model, config_name=_config_of(model.model_name_or_path))
