@@ -209,6 +209,13 @@ def test_an_evaluation_has_the_batch_of_training_or_its_own(argv: list[str]) -> 
     )
 
 
+def test_the_global_batch_has_a_name_that_says_so(argv: list[str]) -> None:
+    assert validate([*argv, "--global_batch", "12"], {}).training.per_device_train_batch_size == 12
+    message = refusal([*argv, "--global_batch", "12", "--per_device_train_batch_size", "8"])
+    assert "--global_batch 12 and --per_device_train_batch_size 8 are given together" in message
+    assert message.endswith("give one of them")
+
+
 def test_a_share_of_the_steps_warms_up(argv: list[str]) -> None:
     assert parse([*argv, "--warmup_ratio", "0.25"]).training.warmup(10) == 3
     assert parse([*argv, "--warmup_ratio", "0.25", "--warmup_steps", "5"]).training.warmup(10) == 5
