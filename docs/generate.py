@@ -111,6 +111,7 @@ def role_variable(flag: Flag) -> dict[str, Any]:
         expression += f" | {flag.kind.__name__}"
     return {
         "name": flag.name,
+        "variable": f"train_{flag.name}",
         "type": {bool: "bool", int: "int", float: "float", Path: "path"}.get(flag.kind, "str"),
         "choices": ([""] if flag.optional and flag.choices else []) + list(flag.choices),
         "default": default,
@@ -141,21 +142,20 @@ def flag_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
     tail = rest.split(END)[1]
     launchers_own = yaml.safe_load(head + tail)["argument_specs"]["main"]["options"]
     by_hand = read_variables(TRAIN / "defaults/main/main.yml")
-    settings = [flag for flag in flags if f"train_{flag['name']}" not in launchers_own]
+    settings = [flag for flag in flags if flag["variable"] not in launchers_own]
     options = [
-        flag | {"default": by_hand.get(f"train_{flag['name']}", flag["default"])}
-        for flag in settings
+        flag | {"default": by_hand.get(flag["variable"], flag["default"])} for flag in settings
     ]
     text = environment.get_template("flags.argument_specs.yml.j2").render(flags=options)
     yield path, head + BEGIN + text + END + tail
 
-    defaults = [flag for flag in settings if f"train_{flag['name']}" not in by_hand]
+    defaults = [flag for flag in settings if flag["variable"] not in by_hand]
     text = environment.get_template("flags.defaults.yml.j2").render(flags=defaults)
     yield TRAIN / "defaults/main/flags.yml", text
 
     by_hand = read_variables(MAPPING / "main.yml")
     mapped = {
-        title: [it for it in group if it in settings and f"train_{it['name']}" not in by_hand]
+        title: [it for it in group if it in settings and it["variable"] not in by_hand]
         for title, group in groups.items()
     }
     text = environment.get_template("flags.group_vars.yml.j2").render(groups=mapped)

@@ -16,7 +16,7 @@ from trainer.flags import Alias, AtLeast, Guide
 PYTHON_HELP = "python-help"
 TEXT_FILES = (
     'a .txt, or a .json or .jsonl with one object {"text": ...} a line, in UTF-8, or a .parquet '
-    "with a column text, or else with texts in its first one"
+    "with texts in its column text or, where there is none, in its first column"
 )
 ExpertsMode = Literal["gmm", "gmm_stack", "static"]
 NEWEST = ("auto", "must")  # in place of a checkpoint: the newest

@@ -174,8 +174,8 @@ def _converter(flag: Flag) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError("is empty; give a path, or leave the flag out")
         if "://" in text:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not allowed; it must be a path of this host. What is in a bucket can "
-                "be mounted; checkpoints go to one with --checkpoint_bucket"
+                f"{text!r} is not allowed; it must be a path of this host. Mount a bucket to read "
+                "from it; --checkpoint_bucket writes checkpoints to one"
             )
         return Path(text).expanduser()
 

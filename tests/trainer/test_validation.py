@@ -102,6 +102,7 @@ def test_texts_are_one_or_the_other(argv: list[str], tmp_path: Path) -> None:
 def test_a_stream_has_no_epochs_and_trains_no_tokenizer(argv: list[str]) -> None:
     streaming = [*argv, "--streaming"]
     assert "without --max_steps" in refusal([*streaming, "--tokenizer_name", "gpt2"])
+    assert "leave --streaming out" in refusal([*streaming, "--max_steps", "1"])
     assert "without --tokenizer_name" in refusal([*streaming, "--max_steps", "1"])
     assert validate([*streaming, "--max_steps", "1", "--tokenizer_name", "gpt2"], {})
 
@@ -379,7 +380,8 @@ def test_along_the_tensor_axis_the_batch_is_not_split(argv: list[str]) -> None:
     flags = [*argv, "--spmd_2d_sharding", "2", "--per_device_train_batch_size"]
     validate([*flags, "4"], eight)
     message = refusal([*flags, "6"], **eight)
-    assert "8 devices by 2 do not divide. Nearest batches that work: 4 and 8." in message
+    assert "8 devices in groups of 2 (spmd_2d_sharding) do not divide. Nearest" in message
+    assert "Nearest batches that work: 4 and 8." in message
 
 
 # The tiny Mixtral has 4 key and value heads, and 7 devices are no multiple of 2.
