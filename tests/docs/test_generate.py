@@ -37,7 +37,7 @@ def test_what_is_out_of_date_is_named_and_fails(tmp_path):
     arguments = tmp_path / "trainer/arguments.py"
     seed = "    seed: Annotated["
     text = arguments.read_text().replace(
-        seed, f'    z_loss_coef: Annotated[float, "Weight of `z`.", AtLeast(0)] = 0.0\n{seed}'
+        seed, f'    made_up_flag: Annotated[float, "Weight of `z`.", AtLeast(0)] = 0.0\n{seed}'
     )
     arguments.write_text(text)
 
@@ -59,8 +59,8 @@ def test_what_is_out_of_date_is_named_and_fails(tmp_path):
     assert generate().returncode == 0
     assert generate("--check").stdout == ""
     page = (tmp_path / "docs/variables.md").read_text()
-    assert "| `z_loss_coef` | float | `0.0` | Weight of `z`. |" in page
-    assert "`train_z_loss_coef`" in page
+    assert "| `made_up_flag` | float | `0.0` | Weight of `z`. |" in page
+    assert "`train_made_up_flag`" in page
 
 
 def flag(**changes) -> Flag:
