@@ -90,7 +90,7 @@ e2e: $(READY) $(BROWSER) ## A short training run from end to end, looked at in a
 
 ##@ Work on it
 .PHONY: docs
-docs: $(READY) ## Write the generated documentation: roles' READMEs, docs/variables.md
+docs: $(READY) ## Write what is generated: files that list the flags, roles' READMEs, docs/variables.md
 	python -m docs.generate
 
 .PHONY: lock

@@ -1,4 +1,10 @@
-"""Write the documentation that is derived: every role's README.md, and docs/variables.md.
+"""Write the files that are derived: those that list the trainer's flags, every role's README.md,
+and docs/variables.md.
+
+Every flag in trainer/arguments.py becomes an option of the role `train`, a default, and a public
+name. What stands by hand beside the generated text comes first: an option in argument_specs.yml, by
+which a flag is the launcher's own and gets no public name, a default in defaults/main/main.yml, and
+an expression in group_vars/all/main.yml.
 
 `python -m docs.generate` writes what is out of date and names it. With `--check` it writes nothing,
 and the exit code is 1 when something is out of date.
@@ -17,10 +23,15 @@ import jinja2
 import yaml
 from jinja2 import nodes
 
-from plugins.action.check_variables import public_names, role_options
+from plugins.action.check_variables import ALIASES, public_names, read_variables, role_options
+from trainer.arguments import GROUPS, NOT_COMPILED
+from trainer.flags import Flag, flags_of
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIABLES = ROOT / "playbooks" / "group_vars" / "all.yml"
+MAPPING = ROOT / "playbooks" / "group_vars" / "all"
+TRAIN = ROOT / "roles" / "train"
+BEGIN = "      # The trainer's flags: written by `make docs` from trainer/arguments.py\n"
+END = "      # The end of what `make docs` writes\n"
 
 # Ansible's markup, as far as the roles use it
 MARKUP = [
@@ -78,28 +89,126 @@ def public_defaults(expression: str) -> Iterator[tuple[str, Any]]:
                 yield item.node.name, None
 
 
+def yaml_value(value: object) -> str:
+    """Return a scalar, or a list of them, in YAML."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(yaml_value, value))}]"
+    text = yaml.safe_dump(value).removesuffix("\n").removesuffix("\n...")
+    return json.dumps(value) if text.startswith("'") else text
+
+
+def role_variable(flag: Flag) -> dict[str, Any]:
+    """Return what a flag is as a variable of the role, and the expression of its public name."""
+    # What is not given is an empty text among choices and for paths, and null otherwise.
+    empty = "" if flag.choices or flag.kind is Path else None
+    default = empty if flag.default is None else flag.default
+    public = flag.guide.value if flag.guide else default
+    literal = repr(public) if isinstance(public, str) else repr(public).lower()
+    expression = f"{flag.name} | default({literal})"
+    if flag.alias:
+        expression = f"{flag.alias} | default({expression})"
+    if flag.kind in (bool, int, float) and public is not None:
+        expression += f" | {flag.kind.__name__}"
+    return {
+        "name": flag.name,
+        "variable": f"train_{flag.name}",
+        "type": {bool: "bool", int: "int", float: "float", Path: "path"}.get(flag.kind, "str"),
+        "choices": ([""] if flag.optional and flag.choices else []) + list(flag.choices),
+        "default": default,
+        "description": re.sub(r"`([^`]+)`", r"C(\1)", flag.help),
+        "expression": expression,
+    }
+
+
+def flag_title(group: type) -> str:
+    """Return the title that a group of flags has among the public names."""
+    return f"The trainer's flags: {group.__doc__.lower()}"
+
+
+def flag_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
+    """Yield every file that lists the trainer's flags, with what should stand in it."""
+    # --validate stops before there is a run: it is no setting of one.
+    groups = {
+        flag_title(group): [role_variable(it) for it in flags_of(group) if it.name != "validate"]
+        for group in GROUPS
+    }
+    flags = [flag for group in groups.values() for flag in group]
+    names = [flag["name"] for flag in flags]
+    lists = environment.get_template("flags.vars.yml.j2")
+    yield TRAIN / "vars/main/flags.yml", lists.render(names=names, not_compiled=NOT_COMPILED)
+
+    path = TRAIN / "meta/argument_specs.yml"
+    head, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    tail = rest.split(END)[1]
+    launchers_own = yaml.safe_load(head + tail)["argument_specs"]["main"]["options"]
+    by_hand = read_variables(TRAIN / "defaults/main/main.yml")
+    settings = [flag for flag in flags if flag["variable"] not in launchers_own]
+    options = [
+        flag | {"default": by_hand.get(flag["variable"], flag["default"])} for flag in settings
+    ]
+    text = environment.get_template("flags.argument_specs.yml.j2").render(flags=options)
+    yield path, head + BEGIN + text + END + tail
+
+    defaults = [flag for flag in settings if flag["variable"] not in by_hand]
+    text = environment.get_template("flags.defaults.yml.j2").render(flags=defaults)
+    yield TRAIN / "defaults/main/flags.yml", text
+
+    by_hand = read_variables(MAPPING / "main.yml")
+    mapped = {
+        title: [it for it in group if it in settings and it["variable"] not in by_hand]
+        for title, group in groups.items()
+    }
+    text = environment.get_template("flags.group_vars.yml.j2").render(groups=mapped)
+    yield MAPPING / "flags.yml", text
+
+
 def sections() -> list[dict[str, Any]]:
-    """Return the map of public names as its comments divide it: title, text, rows of a table."""
-    specs = public_names(VARIABLES, role_options(ROOT / "roles"))
-    result = []
+    """Return the map of public names as its comments divide it: title, text, rows of a table.
+
+    Blocks of the same title are one section, with the flags in their own order.
+    """
+    specs = public_names(MAPPING, role_options(ROOT / "roles"))
+    for alias, name in ALIASES.items():
+        specs[alias] = specs[alias] | {"description": f"Another name of C({name})."}
+    found: dict[str, dict[str, Any]] = {}
     seen = set()
-    for block in VARIABLES.read_text(encoding="utf-8").split("\n\n")[1:]:
-        lines = block.splitlines()
-        comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
-        title, _, text = comment.partition(". ")
-        rows = []
-        for expression in yaml.safe_load(block).values():
-            for name, value in public_defaults(expression):
-                if name not in seen:
-                    seen.add(name)
-                    rows.append({"name": name, "default": value, "spec": specs[name]})
-        if rows:
-            result.append({"title": title, "text": text, "rows": rows})
-    return result
+    for path in (MAPPING / "main.yml", MAPPING / "flags.yml"):
+        for block in path.read_text(encoding="utf-8").split("\n\n")[1:]:
+            lines = block.splitlines()
+            comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+            title, _, text = comment.partition(". ")
+            section = found.setdefault(title, {"title": title, "text": text, "rows": []})
+            for expression in yaml.safe_load(block).values():
+                for name, value in public_defaults(expression):
+                    if name not in seen:
+                        seen.add(name)
+                        section["rows"].append(
+                            {"name": name, "default": value, "spec": specs[name]}
+                        )
+    order = [name for group in GROUPS for it in flags_of(group) for name in (it.name, it.alias)]
+    for title in map(flag_title, GROUPS):
+        found[title]["rows"].sort(key=lambda row: order.index(row["name"]))
+    return [section for section in found.values() if section["rows"]]
+
+
+def role_sections() -> Iterator[dict[str, Any]]:
+    """Yield every role: its name, the variables that the map makes, and its other options."""
+    mapped = read_variables(MAPPING)
+    for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
+        options = role_options(path.parents[2], path.parents[1].name)
+        yield {
+            "name": path.parents[1].name,
+            "mapped": [name for name in options if name in mapped],
+            "options": {name: it for name, it in options.items() if name not in mapped},
+        }
 
 
 def documents() -> Iterator[tuple[Path, str]]:
-    """Yield every derived file with what should stand in it."""
+    """Yield every derived file with what should stand in it.
+
+    Each is made from those before it, which therefore have to be written before the next is asked
+    for.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ROOT / "docs" / "templates"),
         undefined=jinja2.StrictUndefined,
@@ -113,30 +222,35 @@ def documents() -> Iterator[tuple[Path, str]]:
         "meaning": meaning,
         "paragraphs": paragraphs,
         "type": type_name,
+        "yaml": yaml_value,
     }
+    yield from flag_files(environment)
     role_page = environment.get_template("role.md.j2")
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
         specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]
         role = path.parent.parent
         yield role / "README.md", role_page.render(name=role.name, entry_points=specs)
     variables_page = environment.get_template("variables.md.j2")
-    yield ROOT / "docs" / "variables.md", variables_page.render(sections=sections())
+    yield (
+        ROOT / "docs" / "variables.md",
+        variables_page.render(sections=sections(), roles=list(role_sections())),
+    )
 
 
 def main() -> int:
-    """Write the derived documentation that is out of date."""
+    """Write the derived files that are out of date."""
     parser = argparse.ArgumentParser(prog="python -m docs.generate", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     check = parser.parse_args().check
-    outdated = [
-        (path, text)
-        for path, text in documents()
-        if not path.exists() or path.read_text(encoding="utf-8") != text
-    ]
-    for path, text in outdated:
-        if not check:
-            path.write_text(text, encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {'out of date, run make docs' if check else 'written'}")
+    outdated = False
+    for path, text in documents():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            outdated = True
+            if not check:
+                path.write_text(text, encoding="utf-8")
+            print(
+                f"{path.relative_to(ROOT)}: {'out of date, run make docs' if check else 'written'}"
+            )
     return 1 if check and outdated else 0
 
 

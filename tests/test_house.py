@@ -92,7 +92,11 @@ def test_a_roles_defaults_are_those_of_its_argument_spec(role: str) -> None:
     options = {}
     for spec in specs["argument_specs"].values():
         options |= spec.get("options", {})
-    defaults = yaml.safe_load((directory / "defaults/main.yml").read_text(encoding="utf-8")) or {}
+    # One file, or those of a directory
+    defaults = {}
+    for path in [directory / "defaults/main.yml", *directory.glob("defaults/main/*.yml")]:
+        if path.exists():
+            defaults |= yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     optional = {name for name, option in options.items() if not option.get("required")}
     assert set(defaults) == optional
     documented = {name: it["default"] for name, it in options.items() if "default" in it}

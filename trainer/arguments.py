@@ -1,7 +1,8 @@
 """The trainer's flags, as Hugging Face's ``run_clm.py`` has them: type, default, choices, help.
 
-Imports neither torch nor transformers, and reads no file. What flags may not be together, and what
-they may not be for some data or devices, is in trainer.validation.
+From these annotations ``make docs`` writes what else lists the flags. Imports neither torch nor
+transformers, and reads no file. What flags may not be together, and what they may not be for some
+data or devices, is in trainer.validation.
 """
 
 import math
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from trainer.config import FsdpConfig
-from trainer.flags import AtLeast
+from trainer.flags import Alias, AtLeast, Guide
 
 PYTHON_HELP = "python-help"
 TEXT_FILES = (
     'a .txt, or a .json or .jsonl with one object {"text": ...} a line, in UTF-8, or a .parquet '
-    "with a column text, or else with texts in its first one"
+    "with texts in its column text or, where there is none, in its first column"
 )
 ExpertsMode = Literal["gmm", "gmm_stack", "static"]
 NEWEST = ("auto", "must")  # in place of a checkpoint: the newest
@@ -23,31 +24,43 @@ NEWEST = ("auto", "must")  # in place of a checkpoint: the newest
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments:
-    """What is trained"""
+    """Model"""
 
     config_name: Annotated[
-        Path | None, "the model's config.json (default: the one in model_name_or_path)"
+        Path | None, "The model's `config.json`. Default: the one in `model_name_or_path`."
     ] = None  # parse fills it in
     model_name_or_path: Annotated[
         str,
-        "weights to begin with, in Hugging Face's safetensors: a directory, or a name on the hub; "
-        "without them, random ones",
+        "Pretrained weights to start from, in Hugging Face's safetensors format: a model's name on "
+        "the hub, or a directory where the trainer runs. Without it, weights are initialized at "
+        "random.",
     ] = ""
     tokenizer_name: Annotated[
         str,
-        "a tokenizer's name on the Hugging Face hub, or its directory; without one, a byte-level "
-        "BPE of the model's vocab_size is trained on the training text",
+        "The tokenizer: a name on the Hugging Face hub, or a directory where the trainer runs. "
+        "Without it, a byte-level BPE of the model's `vocab_size` is trained on the training text.",
+        Guide("mistralai/Mixtral-8x7B-v0.1"),
     ] = ""
-    cache_dir: Annotated[Path | None, "where downloads are kept"] = None
-    torch_dtype: Annotated[Literal["float32", "bfloat16"], "type of the weights"] = "float32"
-    flash_attention: Annotated[bool, "use the Pallas flash attention kernel"] = False
-    gmm: Annotated[bool, "experts as grouped matmuls; the default of the three modes"] = False
-    gmm_stack: Annotated[bool, "gmm on weights kept per expert, for debugging"] = False
-    static: Annotated[bool, "every expert on every token, as a baseline"] = False
+    cache_dir: Annotated[Path | None, "Directory for downloads."] = None
+    torch_dtype: Annotated[
+        Literal["float32", "bfloat16"], "Data type of the weights.", Guide("bfloat16")
+    ] = "float32"
+    flash_attention: Annotated[bool, "Use the Pallas flash attention kernel.", Guide(True)] = False
+    gmm: Annotated[
+        bool,
+        "Compute the experts as grouped matrix multiplications, by Pallas Megablox on a TPU. At "
+        "most one of `gmm`, `gmm_stack` and `static` can be on; when none is, it is `gmm`.",
+    ] = False
+    gmm_stack: Annotated[
+        bool, "Like `gmm`, with separate weights for each expert, for debugging. Much slower."
+    ] = False
+    static: Annotated[bool, "Compute every expert on every token, as a baseline. Much slower."] = (
+        False
+    )
     spmd_2d_sharding: Annotated[
         int,
-        "also split heads and experts over so many devices, so that the mesh is (devices/N, N); "
-        "conflicts with --fsdp",
+        "Also split attention heads and experts over this many devices (N), so that the mesh is "
+        "(devices/N, N). Conflicts with `fsdp`. 0 shards over one axis alone.",
         AtLeast(0),
     ] = 0
 
@@ -64,120 +77,170 @@ class ModelArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class DataArguments:
-    """What it is trained on"""
+    """Data"""
 
     dataset_name: Annotated[
         str,
-        f"a dataset's name on the Hugging Face hub, or {PYTHON_HELP}: the text of Python's "
-        "own help topics, which needs no download",
+        f"A dataset's name on the Hugging Face hub, or `{PYTHON_HELP}`: the text of Python's own "
+        "help topics, which needs no download.",
     ] = ""
-    dataset_config_name: Annotated[str, "the configuration of that dataset"] = ""
-    train_file: Annotated[Path | None, f"a text instead of a dataset: {TEXT_FILES}"] = None
+    dataset_config_name: Annotated[str, "The dataset's configuration, by its name on the hub."] = ""
+    train_file: Annotated[
+        Path | None,
+        "A text file to train on instead of a dataset, on the machine where the command is given: "
+        f"{TEXT_FILES}.",
+    ] = None
     validation_file: Annotated[
         Path | None,
-        "a text to evaluate on (default: the dataset's validation split, or, where it has none, "
-        "the first validation_split_percentage of the training text, which is then not trained on)",
+        "A text file to evaluate on, of the same formats as `train_file`. Default: the dataset's "
+        "validation split, or, where it has none, the first `validation_split_percentage` of the "
+        "training text, which is then not trained on.",
     ] = None
     validation_split_percentage: Annotated[
-        int, "how many percent of its texts that is", AtLeast(1)
+        int,
+        "How many percent of the training text are held out for evaluation, where there is no "
+        "validation text.",
+        AtLeast(1),
     ] = 5
     block_size: Annotated[
-        int,
-        "tokens in a sequence (default: 1024, or max_position_embeddings if that is less)",
+        int | None,
+        "Tokens in a sequence. Default: 1024, or the model's `max_position_embeddings` if that is "
+        "less.",
         AtLeast(2),
-    ] = 0  # parse fills it in
+        Guide(4096),
+    ] = None  # parse fills it in
     streaming: Annotated[
         bool,
-        "tokenize as the run goes, and keep nothing; needs --max_steps and --tokenizer_name",
+        "Tokenize while training and keep nothing on disk, for a dataset larger than that. Needs "
+        "`max_steps` and `tokenizer_name`.",
     ] = False
     preprocessing_num_workers: Annotated[
-        int | None, "how many threads tokenize (default: one for each core)", AtLeast(1)
+        int | None, "Number of threads that tokenize. Default: one for each core.", AtLeast(1)
     ] = None
     reset_attention_mask: Annotated[
-        bool, "hide the documents that a sequence is packed from from each other"
+        bool,
+        "Hide documents that are packed into the same sequence from each other. A document is a "
+        "row of the dataset, or a line of a `.txt`.",
     ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments:
-    """How it is trained"""
+    """Training"""
 
-    output_dir: Annotated[Path, "where metrics.jsonl, summary.json and checkpoints are written"]
+    output_dir: Annotated[Path, "Directory for `metrics.jsonl`, `summary.json` and checkpoints."]
     checkpoint_bucket: Annotated[
         str,
-        "gs://bucket/path: where checkpoints are written in place of output_dir, by all hosts; a "
-        "path for each run",
+        "Where all hosts write checkpoints, instead of `output_dir`: `gs://bucket/path`, a path "
+        "for each run.",
     ] = ""
     overwrite_output_dir: Annotated[
-        bool, "replace an earlier run in output_dir, unless it is the one that is resumed"
+        bool,
+        "Replace an earlier run in the output directory, unless it is the one that is resumed.",
+        Guide(True),
     ] = False
-    do_train: Annotated[bool, "train; there is no run without"] = False
-    do_eval: Annotated[bool, "evaluate: loss and perplexity of the validation text, at the end"] = (
+    do_train: Annotated[
+        bool, "Train. Always needed: the trainer does nothing else.", Guide(True)
+    ] = False
+    do_eval: Annotated[bool, "Evaluate at the end: loss and perplexity of the validation text."] = (
         False
     )
     eval_strategy: Annotated[
         Literal["no", "steps"] | None,
-        "steps: evaluate every eval_steps as well, also without do_eval",
+        "`steps` evaluates every `eval_steps` steps as well, also without `do_eval`.",
     ] = None
     eval_steps: Annotated[
-        int | None, "evaluate every so many steps (default: logging_steps)", AtLeast(1)
+        int | None, "Steps between two evaluations. Default: `logging_steps`.", AtLeast(1)
     ] = None
-    validate: Annotated[bool, "check all input and stop"] = False
+    validate: Annotated[bool, "Check all input and stop."] = False
     per_device_train_batch_size: Annotated[
-        int, "the GLOBAL batch, in sequences: under SPMD the slice is one device", AtLeast(1)
+        int,
+        "The global batch size in sequences, over all devices: under SPMD the whole slice is one "
+        "device.",
+        AtLeast(1),
+        Guide(32),
+        Alias("global_batch"),
     ] = 8
     per_device_eval_batch_size: Annotated[
-        int | None, "the GLOBAL batch of an evaluation (default: that of training)", AtLeast(1)
+        int | None,
+        "The global batch size of an evaluation in sequences, over all devices. Default: that of "
+        "training.",
+        AtLeast(1),
     ] = None
     gradient_accumulation_steps: Annotated[
         int,
-        "batches that make one step: its gradient is their mean, its memory that of one",
+        "Batches in one optimizer step. Gradients are averaged over them, and memory is that of "
+        "one batch; the step's program and its compile time are so many times as long.",
         AtLeast(1),
     ] = 1
-    max_steps: Annotated[int, "steps; above 0 it overrides num_train_epochs", AtLeast(-1)] = -1
-    num_train_epochs: Annotated[float, "passes over the data", AtLeast(0)] = 3.0
-    optim: Annotated[Literal["adafactor"], "the optimizer"] = "adafactor"
-    learning_rate: Annotated[float, "the highest of the schedule", AtLeast(0)] = 5e-5
+    max_steps: Annotated[
+        int, "Steps to train. Above 0 it overrides `num_train_epochs`.", AtLeast(-1), Guide(10)
+    ] = -1
+    num_train_epochs: Annotated[float, "Passes over the training data.", AtLeast(0)] = 3.0
+    optim: Annotated[Literal["adafactor"], "The optimizer."] = "adafactor"
+    learning_rate: Annotated[float, "The peak learning rate.", AtLeast(0)] = 5e-5
     weight_decay: Annotated[
-        float, "what weights lose of themselves at a step, times the learning rate", AtLeast(0)
+        float,
+        "Decoupled weight decay: a step reduces weights by this times the learning rate. Norms are "
+        "not decayed.",
+        AtLeast(0),
     ] = 0.0
     lr_scheduler_type: Annotated[
         Literal["linear", "cosine", "inverse_sqrt", "constant", "constant_with_warmup"],
-        "how the learning rate goes on after warm-up",
+        "The learning rate's schedule after warm-up.",
     ] = "linear"
-    warmup_steps: Annotated[int, "steps in which the learning rate rises from 0", AtLeast(0)] = 0
+    warmup_steps: Annotated[
+        int, "Steps over which the learning rate rises from 0 to its peak.", AtLeast(0)
+    ] = 0
     warmup_ratio: Annotated[
-        float, "the same as a share of all steps, where warmup_steps is 0", AtLeast(0)
+        float, "Warm-up as a share of all steps, 0 to 1, where `warmup_steps` is 0.", AtLeast(0)
     ] = 0.0
-    max_grad_norm: Annotated[float, "clip the gradient's norm to this; 0: do not", AtLeast(0)] = 1.0
-    seed: Annotated[int, "of the initial weights and the order of the data", AtLeast(0)] = 42
+    max_grad_norm: Annotated[
+        float, "Clip the gradient's norm to this. 0 does not clip.", AtLeast(0)
+    ] = 1.0
+    seed: Annotated[
+        int, "Random seed of the initial weights and of the order of the data.", AtLeast(0)
+    ] = 42
     save_strategy: Annotated[
         Literal["no", "steps"],
-        "steps: save a checkpoint every save_steps, at the end, and on SIGTERM; and the model at "
-        "the end",
+        "`steps` saves a checkpoint every `save_steps` steps, at the end and on SIGTERM, and the "
+        "model at the end.",
     ] = "no"
-    save_steps: Annotated[int, "save a checkpoint every so many steps", AtLeast(1)] = 500
+    save_steps: Annotated[int, "Steps between two checkpoints.", AtLeast(1)] = 500
     save_total_limit: Annotated[
-        int | None, "how many checkpoints to keep (default: all)", AtLeast(1)
+        int | None, "How many checkpoints to keep, the newest. Default: all of them.", AtLeast(1)
     ] = None
     resume_from_checkpoint: Annotated[
         str | None,
-        "a checkpoint, in a directory or a bucket; or the newest of this run: must, or auto, which "
-        "is a fresh start if there is none",
+        "A checkpoint to resume from: a directory where the trainer runs, a `gs://` address, or "
+        "the newest one of this run, as `must`, or as `auto`, which starts anew if there is none.",
     ] = None
-    logging_strategy: Annotated[Literal["no", "steps"], "when to print a line"] = "steps"
-    logging_steps: Annotated[int, "print a line every so many steps", AtLeast(1)] = 1
-    report_to: Annotated[Literal["none", "tensorboard"], "where else metrics are written"] = "none"
+    logging_strategy: Annotated[
+        Literal["no", "steps"],
+        "`steps` prints a line every `logging_steps` steps. `metrics.jsonl` has every step in any "
+        "case.",
+        Guide("no"),
+    ] = "steps"
+    logging_steps: Annotated[int, "Steps between two printed lines.", AtLeast(1)] = 1
+    report_to: Annotated[
+        Literal["none", "tensorboard"],
+        "Where metrics are written as well: `tensorboard` writes TensorBoard's event files.",
+    ] = "none"
     logging_dir: Annotated[
-        Path | None, "TensorBoard's directory (default: tensorboard in output_dir)"
+        Path | None,
+        "Directory for TensorBoard's event files. Default: `tensorboard` in the output directory.",
     ] = None
     fsdp: Annotated[
         Literal["full_shard"] | None,
-        "shard every parameter over all devices; without --spmd_2d_sharding there is no other way",
+        "`full_shard` shards every parameter over all devices, which is also what happens without "
+        "it, unless `spmd_2d_sharding` is given.",
     ] = None
-    fsdp_config: Annotated[Path | None, "the fsdp_config.json"] = None
+    fsdp_config: Annotated[Path | None, "The `fsdp_config.json`, which says how to shard."] = None
     dataloader_drop_last: Annotated[
-        bool, "drop an epoch's incomplete last batch, do not complete it from the epoch's beginning"
+        bool,
+        "Drop an epoch's incomplete last batch instead of completing it from the epoch's "
+        "beginning.",
+        Guide(True),
     ] = False
 
     @property
@@ -213,6 +276,36 @@ class TrainingArguments:
         if self.checkpoint_bucket:
             return resumed.rstrip("/").rpartition("/")[0] == self.checkpoint_bucket.rstrip("/")
         return Path(resumed).expanduser().resolve().parent == self.output_dir.resolve()
+
+
+GROUPS = (ModelArguments, DataArguments, TrainingArguments)
+# Flags that change nothing about the compiled step: a plan holds for all of their values.
+NOT_COMPILED = (
+    "tokenizer_name",
+    "dataset_name",
+    "dataset_config_name",
+    "train_file",
+    "validation_file",
+    "validation_split_percentage",
+    "checkpoint_bucket",
+    "eval_strategy",
+    "eval_steps",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "warmup_ratio",
+    "seed",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "logging_strategy",
+    "logging_steps",
+    "logging_dir",
+    "report_to",
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from trainer import data, tpu
 from trainer.arguments import (
+    GROUPS,
     PYTHON_HELP,
     Arguments,
     DataArguments,
@@ -35,8 +36,7 @@ def parse(argv: list[str]) -> Arguments:
 
     Raises BadInput for a flag, a value, a combination or a JSON file that cannot work.
     """
-    groups = (ModelArguments, DataArguments, TrainingArguments)
-    model, texts, training = parse_flags(argv, "python -m trainer", groups)
+    model, texts, training = parse_flags(argv, "python -m trainer", GROUPS)
     _check_combinations(model, texts, training)
     if not model.config_name:
         model = dataclasses.replace(model, config_name=_config_of(model.model_name_or_path))
@@ -95,11 +95,12 @@ def _check_combinations(
     if texts.streaming and not (model.tokenizer_name and training.max_steps > 0):
         missing = "--tokenizer_name" if training.max_steps > 0 else "--max_steps"
         raise BadInput(
-            f"--streaming is given without {missing}: a tokenizer is trained on all of a text, and "
-            "its epochs are counted when all of it was read; give it, or leave --streaming out"
+            f"--streaming is given without {missing}: before a text was read to its end, no "
+            "tokenizer can be trained on it, and the steps of an epoch are unknown; give "
+            f"{missing}, or leave --streaming out"
         )
     if not training.do_train:
-        raise BadInput("nothing to do: --do_train is missing, and training is all there is; add it")
+        raise BadInput("nothing to do: --do_train is missing, and the trainer only trains; add it")
     eval_batch, reports = training.per_device_eval_batch_size, training.report_to == "tensorboard"
     warms_up, saves = training.lr_scheduler_type != "constant", training.save_strategy == "steps"
     scheduler = "--lr_scheduler_type constant_with_warmup"
@@ -151,7 +152,9 @@ def _check_combinations(
 def _config_of(name_or_path: str) -> Path:
     """Return the config.json of a model's directory."""
     if not name_or_path:
-        raise BadInput("--config_name missing; give it, or a model's directory")
+        raise BadInput(
+            "--config_name missing; give it, or a model's directory as --model_name_or_path"
+        )
     path = Path(name_or_path).expanduser() / "config.json"
     if not path.is_file():
         raise BadInput(
@@ -219,7 +222,7 @@ def slices(environ: Mapping[str, str] = os.environ) -> int:
     """Return how many slices train together, as MEGASCALE_NUM_SLICES says."""
     count = environ.get("MEGASCALE_NUM_SLICES") or "1"
     if not count.isdecimal() or int(count) < 1:
-        raise BadInput(f"MEGASCALE_NUM_SLICES is {count!r}; it must be a number, at least 1")
+        raise BadInput(f"MEGASCALE_NUM_SLICES is {count!r}; it must be a whole number, at least 1")
     return int(count)
 
 
@@ -234,10 +237,12 @@ def _devices(environ: Mapping[str, str]) -> tuple[int | None, tpu.Chip | None]:
     if device == "CPU":
         count = environ.get("CPU_NUM_DEVICES", "1")
         if not count.isdecimal() or int(count) < 1:
-            raise BadInput(f"CPU_NUM_DEVICES is {count!r}; it must be a number, at least 1")
+            raise BadInput(f"CPU_NUM_DEVICES is {count!r}; it must be a whole number, at least 1")
         return int(count), None
     if device not in ("TPU", "", None):
-        raise BadInput(f"PJRT_DEVICE is {device!r}; this trainer runs on CPU or TPU")
+        raise BadInput(
+            f"PJRT_DEVICE is {device!r}; set it to CPU or TPU, which the trainer runs on"
+        )
     if not device or not environ.get("TPU_ACCELERATOR_TYPE"):
         return None, None
     try:
@@ -279,11 +284,11 @@ def check_devices(
             "a slice; give a divisor"
         )
     weight, rows = shares(devices)
-    over = f" by {tensor}" if tensor > 1 else ""
+    over = f" in groups of {tensor} (spmd_2d_sharding)" if tensor > 1 else ""
     if hidden % weight:
         raise BadInput(
             f"hidden_size is {hidden}, which {name(devices)}{over} do not divide; the weights are "
-            f"sharded along it {weight} times, and the global batch is {batch}. {largest}"
+            f"split along it into {weight} parts, and the global batch is {batch}. {largest}"
         )
     if batch % rows:
         below = batch // rows * rows

@@ -1,14 +1,15 @@
 """Refuse variables that nobody reads and values that do not fit, before anything is touched.
 
-What is known is written down once, in two places that need it anyway: the map from public names
-to role variables (playbooks/group_vars/all.yml), and the roles' argument specs, which give each its
-type.
+What is known is written down once, in places that need it anyway: the map from public names to role
+variables (playbooks/group_vars/all/), the roles' argument specs, which give each its type, and the
+trainer's flags, some of which have two names.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,28 @@ from ansible.plugins.action import ActionBase
 from ansible.utils.vars import load_extra_vars
 from jinja2 import Environment, nodes
 
+# Ansible loads a plugin by its path, and knows no package of this repository.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from trainer.arguments import GROUPS
+from trainer.flags import flags_of
+
 Spec = dict[str, Any]
+ALIASES = {it.alias: it.name for group in GROUPS for it in flags_of(group) if it.alias}
 
 
-def role_options(roles: Path) -> dict[str, Spec]:
-    """Return the options of every role's argument spec below ``roles``, by name."""
+def read_variables(path: Path) -> dict[str, Any]:
+    """Return the variables in a YAML file, or in all those of a directory."""
+    variables: dict[str, Any] = {}
+    for file in sorted(path.glob("*.yml")) if path.is_dir() else [path]:
+        variables |= yaml.safe_load(file.read_text(encoding="utf-8"))
+    return variables
+
+
+def role_options(roles: Path, role: str = "*") -> dict[str, Spec]:
+    """Return the options of the argument specs of ``role``, or every role, by name."""
     options: dict[str, Spec] = {}
-    for path in sorted(roles.glob("*/meta/argument_specs.yml")):
+    for path in sorted(roles.glob(f"{role}/meta/argument_specs.yml")):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"].values():
             options |= entry.get("options", {})
     return options
@@ -37,7 +53,7 @@ def public_names(mapping: Path, options: Mapping[str, Spec]) -> dict[str, Spec]:
     the role variable, or of the key where it becomes a value of a dictionary.
     """
     names: dict[str, Spec] = {}
-    for variable, expression in yaml.safe_load(mapping.read_text(encoding="utf-8")).items():
+    for variable, expression in read_variables(mapping).items():
         tree, spec = Environment().parse(expression), options.get(variable, {})
         parts = [(tree, spec)]
         if "options" in spec:
@@ -81,8 +97,23 @@ def unfit(values: Mapping[str, Any], known: Mapping[str, Spec]) -> list[str]:
     return complaints
 
 
+def given_twice(values: Mapping[str, Any], typed: Collection[str]) -> list[str]:
+    """Return a complaint about every variable in ``values`` that is given by both of its names.
+
+    An inventory may make one name the default of the other; then they are equal, and only one of
+    them is among those ``typed`` after ``-e``.
+    """
+    return [
+        f"{alias} is {values[alias]} and {name} is {values[name]}, but they are two names of one "
+        "variable. Give one of them, with -e or in the inventory"
+        for alias, name in ALIASES.items()
+        if {alias, name} <= values.keys()
+        if {alias, name} <= set(typed) or str(values[alias]) != str(values[name])
+    ]
+
+
 class ActionModule(ActionBase):
-    """``check_variables: {map: the public names' file, roles: the roles' directory}``."""
+    """``check_variables: {map: the public names' directory, roles: the roles' directory}``."""
 
     _requires_connection = False
     _VALID_ARGS = frozenset(("map", "roles"))
@@ -99,6 +130,7 @@ class ActionModule(ActionBase):
         set_by_user = [name for name in {**public, **given} if name in task_vars]
         values = {name: self._templar.template(task_vars[name]) for name in set_by_user}
         complaints = unknown(given, options | public) + unfit(values, options | public)
+        complaints += given_twice(values, given)
         if complaints:
             where = "All names and their types: docs/variables.md"
             return {"failed": True, "msg": "\n".join([*complaints, where])}

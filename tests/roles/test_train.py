@@ -13,21 +13,22 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar
 
-from trainer.arguments import DataArguments, ModelArguments, TrainingArguments
+from trainer.arguments import NOT_COMPILED, DataArguments, ModelArguments, TrainingArguments
 
 ROOT = Path(__file__).parents[2]
 ROLE = ROOT / "roles/train"
 OPTIONS = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())["argument_specs"]["main"][
     "options"
 ]
-DEFAULTS = yaml.safe_load((ROLE / "defaults/main.yml").read_text())
+MAPPING = ROOT / "playbooks/group_vars/all"
 FLAGS = {
     field.name: (get_type_hints(group)[field.name], field.default)
     for group in (ModelArguments, DataArguments, TrainingArguments)
     for field in dataclasses.fields(group)
     if field.name != "validate"
 }
-TEXTS = ("train_file", "validation_file")
+# Where the trainer finds what the role brings to it; but for the last, nobody sets them.
+PLACES = ("config_name", "fsdp_config", "cache_dir", "output_dir", "logging_dir")
 
 # The guide's command line and environment, less what says where its files are.
 GUIDE = {
@@ -60,6 +61,19 @@ GUIDE_ENVIRONMENT = {
 }
 
 
+def variables_in(*directories: Path) -> dict[str, Any]:
+    """Return what Ansible loads from the files of some directories, expressions as they stand."""
+    loader = DataLoader()
+    variables: dict[str, Any] = {}
+    for directory in directories:
+        for path in sorted(directory.glob("*.yml")):
+            variables |= loader.load_from_file(str(path), trusted_as_template=True)
+    return variables
+
+
+DEFAULTS = variables_in(ROLE / "defaults/main")
+
+
 def bare(kind: Any) -> Any:
     """Return the type of a field without its ``| None``."""
     return get_args(kind)[0] if get_origin(kind) in (types.UnionType, Union) else kind
@@ -74,8 +88,7 @@ def ansible_type(kind: Any) -> str:
 def test_every_flag_is_a_variable_of_its_type_and_choices(flag):
     kind, _ = FLAGS[flag]
     option = OPTIONS[f"train_{flag}"]
-    # An empty path is a file that is not given, so those of texts are strings.
-    assert option["type"] == ("str" if flag in TEXTS else ansible_type(kind))
+    assert option["type"] == ansible_type(kind)
     choices = get_args(bare(kind)) if get_origin(bare(kind)) is Literal else ()
     # An empty value leaves it to the trainer; where there are choices, it has to be one of them.
     assert [it for it in option.get("choices", []) if it] == list(choices)
@@ -94,12 +107,11 @@ def test_what_the_role_is_given_is_what_its_spec_allows(resolve, public):
 
 
 # The role always trains, into a directory of its own, with paths of its own.
-@pytest.mark.parametrize("flag", sorted(FLAGS.keys() - {"do_train", "overwrite_output_dir"}))
+@pytest.mark.parametrize(
+    "flag", sorted(FLAGS.keys() - {"do_train", "overwrite_output_dir", *PLACES})
+)
 def test_a_default_is_the_trainer_s(flag):
-    kind, default = FLAGS[flag]
-    if bare(kind) is Path and flag not in TEXTS:
-        return
-    assert (DEFAULTS[f"train_{flag}"] or None) == (default or None)
+    assert (DEFAULTS[f"train_{flag}"] or None) == (FLAGS[flag][1] or None)
 
 
 def test_a_boolean_that_is_left_out_is_off():
@@ -111,18 +123,11 @@ def resolve():
     """Return what the role makes of public names, as Ansible resolves them in train.yml."""
     init_plugin_loader()
     filter_loader.add_directory(str(ROOT / "plugins/filter"))
-    loader = DataLoader()
-    variables: dict[str, Any] = {}
-    for path in (
-        ROLE / "defaults/main.yml",
-        ROOT / "playbooks/group_vars/all.yml",
-        ROLE / "vars/main.yml",
-    ):
-        variables |= loader.load_from_file(str(path), trusted_as_template=True)
+    variables = variables_in(ROLE / "defaults/main", MAPPING, ROLE / "vars/main")
     variables |= {"playbook_dir": str(ROOT / "playbooks"), "role_path": str(ROLE)}
 
     def resolved(name: str, **public: Any) -> Any:
-        return Templar(loader, variables=variables | public).template(variables[name])
+        return Templar(DataLoader(), variables=variables | public).template(variables[name])
 
     return resolved
 
@@ -130,10 +135,49 @@ def resolve():
 def test_without_a_word_it_is_the_guide_s_command(resolve):
     flags = resolve("train__flags_of_run", gmm="true")
     assert {name: str(flags[name]) for name in GUIDE} == {k: str(v) for k, v in GUIDE.items()}
-    places = {"config_name", "fsdp_config", "cache_dir", "output_dir"}
-    for name in flags.keys() - GUIDE.keys() - places:
+    for name in flags.keys() - GUIDE.keys() - set(PLACES):
         # Said or not, the trainer does the same.
         assert (flags[name] or None) == (FLAGS[name][1] or None), name
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS.keys() - set(PLACES)))
+def test_every_flag_reaches_the_trainer(resolve, flag):
+    """By its public name, under its own, with the value that it was given."""
+    kind = bare(FLAGS[flag][0])
+    own = {"checkpoint_bucket": "gs://b/p", "train_file": "/p/a.txt", "validation_file": "/p/a.txt"}
+    values = get_args(kind) if get_origin(kind) is Literal else {
+        bool: ("false", "true"), int: ("3", "7"), float: ("0.25", "0.5")
+    }.get(kind, (own.get(flag, "mine"),))  # fmt: skip
+    for value in values:
+        argv = resolve("train__flags_on_controller", run_name="r", **{flag: value})
+        if kind is bool:
+            assert argv[flag] is (value == "true")
+        else:
+            passed = f"{value}/r" if flag == "checkpoint_bucket" else value
+            assert str(argv[flag]) == passed
+
+
+@pytest.mark.parametrize("flag", PLACES)
+def test_the_trainer_is_told_where_everything_is(resolve, flag):
+    given = resolve("train__flags_of_run", report_to="tensorboard")[flag]
+    assert given == DEFAULTS[f"train_{flag}"]
+    assert given.startswith("/")
+
+
+def test_the_other_name_of_the_batch_is_taken(resolve):
+    flags = resolve("train__flags_of_run", global_batch="16")
+    assert flags["per_device_train_batch_size"] == 16
+    assert "global_batch" not in flags
+
+
+def test_a_plan_holds_for_what_is_not_compiled(resolve):
+    assert set(NOT_COMPILED) <= FLAGS.keys()
+    image = {"train__plan_image": {"images": [{"Id": "sha256:1"}]}}
+    key = resolve("train__plan_key", **image)
+    for public in ({"learning_rate": "1"}, {"max_steps": "3"}, {"tokenizer_name": "mine"}):
+        assert resolve("train__plan_key", **image, **public) == key
+    for public in ({"block_size": "64"}, {"max_grad_norm": "0"}, {"static": "true"}):
+        assert resolve("train__plan_key", **image, **public) != key
 
 
 def test_without_a_word_it_is_the_guide_s_environment(resolve):
@@ -275,8 +319,7 @@ def test_the_container_cannot_write_to_the_login(resolve):
 def test_no_variable_that_is_recorded_holds_the_token(resolve):
     tasks = (ROLE / "tasks/prepare.yml").read_text()
     recorded = re.search(r"builtin\.varnames', '(.+?)'", tasks)[1]
-    mapped = yaml.safe_load((ROOT / "playbooks/group_vars/all.yml").read_text())
-    names = [name for name in DEFAULTS | mapped if re.search(recorded, name)]
+    names = [name for name in DEFAULTS | variables_in(MAPPING) if re.search(recorded, name)]
     assert {"train_max_steps", "mixtral_config_model"} <= set(names)
     assert not re.search(recorded, "hf_token")
     assert not re.search(recorded, "huggingface_token")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from trainer.flags import AtLeast, BadInput, parse_flags
+from trainer.flags import Alias, AtLeast, BadInput, Guide, flags_of, parse_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,7 @@ class Walk:
     """Where to go"""
 
     to: Annotated[Path, "the end"]
-    steps: Annotated[int, "how many", AtLeast(1)] = 10
+    steps: Annotated[int, "how many", AtLeast(1), Guide(20), Alias("strides")] = 10
     pace: Annotated[float, "how fast", AtLeast(0)] = 1.5
     shoes: Annotated[Literal["", "boots"], "on the feet"] = ""
     back: Annotated[bool, "and return"] = False
@@ -71,6 +71,12 @@ def test_booleans_take_a_value(text: str, value: bool) -> None:
         (["--step", "3"], ["'--step'", "Did you mean --steps?"]),
         (["--stepz=3"], ["Did you mean --steps?"]),
         (["--qqq"], ["'--qqq'", "--help"]),
+        (["--stridez", "3"], ["'--stridez'", "Did you mean --strides?"]),
+        (["--strides", "0"], ["--strides", "'0'", "an integer, at least 1"]),
+        (
+            ["--strides", "3", "--steps", "3"],
+            ["--strides 3 and --steps 3 are given", "give one of"],
+        ),
         (["stray"], ["'stray'"]),
     ],
 )
@@ -79,6 +85,16 @@ def test_what_is_wrong_is_said(argv: list[str], said: list[str]) -> None:
         parse("--to", "sea", *argv)
     for part in said:
         assert part in str(caught.value)
+
+
+def test_a_flag_has_another_name() -> None:
+    assert parse("--to", "sea", "--strides", "3") == parse("--to", "sea", "--steps", "3")
+
+
+def test_the_guides_value_is_no_default() -> None:
+    steps = {flag.name: flag for flag in flags_of(Walk)}["steps"]
+    assert (steps.default, steps.guide, steps.least) == (10, Guide(20), 1)
+    assert parse("--to", "sea")[0].steps == 10
 
 
 def test_a_missing_flag_is_named() -> None:
@@ -96,5 +112,6 @@ def test_help_lists_groups_flags_and_defaults(capsys: pytest.CaptureFixture[str]
         parse("--help")
     assert caught.value.code == 0
     text = capsys.readouterr().out
+    assert "Another name of --steps" in text
     for part in ("Where to go", "What it is like", "--steps", "how many (default: 10)", "{,boots}"):
         assert part in text

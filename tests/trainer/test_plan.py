@@ -2,6 +2,7 @@
 
 import pytest
 
+from trainer import validation
 from trainer.plan import __main__ as plan
 from trainer.plan import estimate, hlo
 from trainer.tpu import CHIPS, Slice, parse_slice
@@ -164,13 +165,14 @@ def test_a_chip_that_libtpu_does_not_know_is_bad_input(flags, monkeypatch, capsy
     assert all(part in message for part in ("libtpu 0.0.20", "v6e", "v4, v5p"))
 
 
-def test_what_does_not_fit_names_what_does_after_compiling_it(flags, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "global_batch"])
+def test_what_does_not_fit_names_what_does_after_compiling_it(flags, monkeypatch, tmp_path, name):
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda _: "0.0.24")
     compiled = []
 
     def measure(slice_, flags):
         """A chip holds 1 GiB of state, 15 GiB for each sequence, and 10 GiB whatever the batch."""
-        batch = int(flags[-1].partition("=")[2])
+        batch = validation.parse(flags).training.per_device_train_batch_size
         compiled.append((slice_.chips, batch))
         used = 1 + 10 + 15 * batch / slice_.chips
         found = {
@@ -182,11 +184,12 @@ def test_what_does_not_fit_names_what_does_after_compiling_it(flags, monkeypatch
         return found | ({"error": f"Used {used}G of 95.74G hbm."} if used > 95 else REST)
 
     monkeypatch.setattr(estimate, "measure", measure)
-    assert plan.main(flags()) == plan.DOES_NOT_FIT
+    given = flags(**{"per_device_train_batch_size": None, name: 1024})
+    assert plan.main(given) == plan.DOES_NOT_FIT
     text = (tmp_path / "plan.txt").read_text()
     assert "131.00 of 95 GiB" in text
     # By proportion 5 of a chip's 8 sequences take nine tenths of it, in truth 86 GiB.
-    assert "--per_device_train_batch_size=640 fits this slice: 86.00 of 95 GiB" in text
+    assert f"--{name}=640 fits this slice: 86.00 of 95 GiB" in text
     # 192 chips do not divide the hidden size.
     assert "v5p-512 (4x8x8) holds this batch: 71.00 of 95 GiB" in text
     assert compiled == [(128, 1024), (128, 640), (256, 1024)]

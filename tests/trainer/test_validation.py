@@ -102,6 +102,7 @@ def test_texts_are_one_or_the_other(argv: list[str], tmp_path: Path) -> None:
 def test_a_stream_has_no_epochs_and_trains_no_tokenizer(argv: list[str]) -> None:
     streaming = [*argv, "--streaming"]
     assert "without --max_steps" in refusal([*streaming, "--tokenizer_name", "gpt2"])
+    assert "leave --streaming out" in refusal([*streaming, "--max_steps", "1"])
     assert "without --tokenizer_name" in refusal([*streaming, "--max_steps", "1"])
     assert validate([*streaming, "--max_steps", "1", "--tokenizer_name", "gpt2"], {})
 
@@ -207,6 +208,13 @@ def test_an_evaluation_has_the_batch_of_training_or_its_own(argv: list[str]) -> 
     assert "is 6 sequences, which 4 devices do not divide; give a multiple of 4" in refusal(
         [*flags, "--eval_strategy", "steps"], **four
     )
+
+
+def test_the_global_batch_has_a_name_that_says_so(argv: list[str]) -> None:
+    assert validate([*argv, "--global_batch", "12"], {}).training.per_device_train_batch_size == 12
+    message = refusal([*argv, "--global_batch", "12", "--per_device_train_batch_size", "8"])
+    assert "--global_batch 12 and --per_device_train_batch_size 8 are given together" in message
+    assert message.endswith("give one of them")
 
 
 def test_a_share_of_the_steps_warms_up(argv: list[str]) -> None:
@@ -372,7 +380,8 @@ def test_along_the_tensor_axis_the_batch_is_not_split(argv: list[str]) -> None:
     flags = [*argv, "--spmd_2d_sharding", "2", "--per_device_train_batch_size"]
     validate([*flags, "4"], eight)
     message = refusal([*flags, "6"], **eight)
-    assert "8 devices by 2 do not divide. Nearest batches that work: 4 and 8." in message
+    assert "8 devices in groups of 2 (spmd_2d_sharding) do not divide. Nearest" in message
+    assert "Nearest batches that work: 4 and 8." in message
 
 
 # The tiny Mixtral has 4 key and value heads, and 7 devices are no multiple of 2.

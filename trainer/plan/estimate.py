@@ -146,6 +146,9 @@ def what_fits(
     else it holds with the batch. A tenth of HBM is to stay free, and two tries each have to do.
     """
     batch, chip = arguments.training.per_device_train_batch_size, slice_.chip
+    # The name that the batch was given by: both together are refused.
+    also = any(flag.partition("=")[0] == "--global_batch" for flag in flags)
+    name = "global_batch" if also else "per_device_train_batch_size"
     rows = slice_.chips // arguments.model.tensor_devices
     room = 0.9 * chip.hbm_bytes
     changes = []
@@ -156,7 +159,7 @@ def what_fits(
         batch = min(int((room - state) // ((used - state) / (batch / rows))) * rows, batch - rows)
         if batch <= 0:
             break
-        flag = f"--per_device_train_batch_size={batch}"
+        flag = f"--{name}={batch}"
         tried = measure(slice_, [*flags, flag])
         if fits(tried, chip):
             changes.append(f"{flag} fits this slice: {_of_hbm(tried['hbm_bytes'], chip)}")

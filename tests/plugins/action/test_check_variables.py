@@ -1,17 +1,24 @@
 """Names and values that a user sets, against what this repository knows."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from plugins.action.check_variables import public_names, role_options, unfit, unknown
+from plugins.action.check_variables import (
+    given_twice,
+    public_names,
+    role_options,
+    unfit,
+    unknown,
+)
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = role_options(ROOT / "roles")
-PUBLIC = public_names(ROOT / "playbooks/group_vars/all.yml", OPTIONS)
+PUBLIC = public_names(ROOT / "playbooks/group_vars/all", OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +29,7 @@ PUBLIC = public_names(ROOT / "playbooks/group_vars/all.yml", OPTIONS)
         ("learning_rate", "float"),
         ("dataset_name", "str"),
         ("profile_step", "int"),
+        ("global_batch", "int"),
         # A key of a dictionary has a type of its own.
         ("torch_index", "str"),
     ],
@@ -79,6 +87,43 @@ def test_what_can_be_meant_passes(values):
     assert not unfit(values, PUBLIC)
 
 
+def test_the_page_lists_what_is_accepted():
+    page = (ROOT / "docs/variables.md").read_text()
+    public, roles = page.split("## Variables of the roles")
+    rows = r"^\| `(\w+)` \|"
+    listed_publicly = re.findall(rows, public, re.MULTILINE)
+    set_by_them = re.findall(r"`(\w+)`", re.sub(r"^\|.*", "", roles, flags=re.MULTILINE))
+    listed = [*listed_publicly, *set_by_them, *re.findall(rows, roles, re.MULTILINE)]
+    assert "train_poll_seconds" in listed
+    assert set(listed) == OPTIONS.keys() | PUBLIC.keys()
+    assert set(listed_publicly) == PUBLIC.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "typed", "refused"),
+    [
+        ({"global_batch": "16"}, ["global_batch"], False),
+        ({"per_device_train_batch_size": 8}, [], False),
+        # Both in an inventory, both after -e, or one here and one there
+        ({"global_batch": 16, "per_device_train_batch_size": 8}, [], True),
+        ({"global_batch": "16", "per_device_train_batch_size": 8}, ["global_batch"], True),
+        (
+            {"global_batch": "8", "per_device_train_batch_size": "8"},
+            ["global_batch", "per_device_train_batch_size"],
+            True,
+        ),
+        # An inventory that falls back on the name that is typed
+        ({"global_batch": "16", "per_device_train_batch_size": 16}, ["global_batch"], False),
+    ],
+)
+def test_two_names_of_one_variable_are_not_given_together(values, typed, refused):
+    complaints = given_twice(values, typed)
+    assert len(complaints) == refused
+    for complaint in complaints:
+        assert f"global_batch is {values['global_batch']}" in complaint
+        assert "Give one of them" in complaint
+
+
 def run_opening(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
@@ -105,3 +150,20 @@ def test_ansible_refuses_and_names_everything_that_is_wrong(tmp_path):
     assert result.returncode != 0
     assert "'maybe' is not a valid boolean" in result.stdout
     assert "-e max_stepps: there is no such variable. Did you mean max_steps?" in result.stdout
+
+
+def test_ansible_refuses_a_batch_that_an_inventory_gives_by_its_other_name(tmp_path):
+    hosts = tmp_path / "hosts.yml"
+    hosts.write_text(
+        "tpu_workers:\n"
+        "  hosts: {localhost: {ansible_connection: local}}\n"
+        "  vars: {per_device_train_batch_size: 32}\n"
+    )
+    result = run_opening("-i", str(hosts), "-e", "global_batch=64")
+    assert result.returncode != 0
+    assert "global_batch is 64 and per_device_train_batch_size is 32" in result.stdout
+
+
+def test_inventories_of_this_repository_leave_the_batch_both_of_its_names():
+    for name in ("global_batch", "per_device_train_batch_size"):
+        assert run_opening("-e", f"{name}=16").returncode == 0
