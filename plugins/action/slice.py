@@ -17,10 +17,10 @@ from ansible.parsing.yaml.dumper import AnsibleDumper
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
-# Ansible loads a plugin by its path, and knows no module_utils but its own in an action.
+# See plugins/plugin_utils/__init__.py.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from plugins.module_utils.cloud_tpu import (
+from plugins.plugin_utils.cloud_tpu import (
     MAX_MINUTES,
     CloudTpu,
     CloudTpuError,
@@ -341,7 +341,7 @@ class ActionModule(ActionBase):
         path = args["ssh_public_key_file"]
         default = "~/.ssh/google_compute_engine.pub"
         wanted["key_line"] = key_line(args["ssh_user"], path or default, required=bool(path))
-        wanted |= {"chip": "", "default_runtime": ""}
+        wanted |= {"api_type": "", "default_runtime": ""}
         if args["accelerator_type"]:
             of_shape = shape(args["accelerator_type"], args["topology"])
             wanted["default_runtime"] = of_shape.pop("runtime_version")

@@ -8,10 +8,10 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 
-# Ansible loads a plugin by its path, and knows no module_utils but its own in an action.
+# See plugins/plugin_utils/__init__.py.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from plugins.module_utils.cloud_tpu import (
+from plugins.plugin_utils.cloud_tpu import (
     CloudTpu,
     CloudTpuError,
     Slice,

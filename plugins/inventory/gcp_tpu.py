@@ -15,7 +15,7 @@ from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructa
 from ansible.utils.vars import load_extra_vars
 
 ROOT = Path(__file__).resolve().parents[2]
-# Ansible loads a plugin by its path, and knows no module_utils but its own in a plugin.
+# See plugins/plugin_utils/__init__.py.
 sys.path.append(str(ROOT))
 
 DOCUMENTATION = r"""
@@ -241,7 +241,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             with contextlib.suppress(KeyError):
                 return self._cache[key]
         # Google's client takes half a second to load, and with a cache nobody needs it.
-        from plugins.module_utils.cloud_tpu import CloudTpu, CloudTpuError
+        from plugins.plugin_utils.cloud_tpu import CloudTpu, CloudTpuError
 
         options = {name: self.get_option(name) for name in AUTH}
         slices = []

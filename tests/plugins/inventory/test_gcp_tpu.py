@@ -322,7 +322,7 @@ def test_what_the_api_refuses_is_told_with_what_to_do(
 def test_an_api_that_does_not_answer_is_named(
     api: TpuApi, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plugins.module_utils.cloud_tpu.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("plugins.plugin_utils.cloud_tpu.RETRY_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(AnsibleParserError, match=f"no answer from {endpoint}: Connection refused"):

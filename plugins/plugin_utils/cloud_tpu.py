@@ -34,7 +34,8 @@ from google.oauth2 import service_account
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.json_format import MessageToDict, ParseError
 
-from trainer.tpu import CHIPS, parse_accelerator_type
+from plugins.plugin_utils.cloud_chips import CLOUD_CHIPS
+from trainer.tpu import CHIP_NAMES, parse_accelerator_type
 
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 ENDPOINT = "https://tpu.googleapis.com"
@@ -62,15 +63,6 @@ ENVIRONMENT = {
     "access_token": "GCP_ACCESS_TOKEN",
     "scopes": "GCP_SCOPES",
     "api_endpoint": "TPU_API_ENDPOINT",
-}
-
-# Of each chip: its name where there is a topology, its name in an accelerator type, and the image
-# of its virtual machines.
-API_NAMES = {
-    "v4": ("V4", "v4", "tpu-ubuntu2204-base"),
-    "v5e": ("V5LITE_POD", "v5litepod", "v2-alpha-tpuv5-lite"),
-    "v5p": ("V5P", "v5p", "v2-alpha-tpuv5"),
-    "v6e": ("V6E", "v6e", "v2-alpha-tpuv6e"),
 }
 
 Slice = dict[str, Any]
@@ -121,40 +113,44 @@ def is_expired(slice_: Slice, now: datetime | None = None) -> bool:
 
 
 def shape(accelerator_type: str, topology: str) -> dict[str, str]:
-    """Return what makes a slice of this shape: accelerator_type, topology, chip, runtime_version.
+    """Return what the API needs to create a slice of an accelerator type and a topology.
 
-    The type may be a chip alone, such as v5p, where there is a topology. Raises CloudTpuError for a
-    type that does not exist and for a topology that is not the type's.
+    That is ``accelerator_type``, ``topology``, ``api_type`` and ``runtime_version``. Of the two
+    arguments the topology may be empty, or the accelerator type a chip alone, such as v5p. Raises
+    CloudTpuError for an unknown accelerator type, for a chip that the API does not serve, and for a
+    topology that does not match the accelerator type.
     """
-    dimensions = topology.split("x") if topology else []
-    if not all(size.isdecimal() and int(size) for size in dimensions):
-        raise CloudTpuError(f"topology is {topology!r}: numbers of chips are needed, such as 4x4x8")
-    chips = math.prod(map(int, dimensions))
-    names = {api: chip for chip, (_, api, _) in API_NAMES.items()}
-    alone = names.get(accelerator_type, accelerator_type)
-    if dimensions and alone in API_NAMES:
-        accelerator_type = CHIPS[alone].accelerator_type(chips)
+    sides = topology.split("x") if topology else []
+    if not all(side.isdecimal() and int(side) for side in sides):
+        raise CloudTpuError(
+            f"topology is {topology!r}: numbers of chips joined by x are allowed, such as 4x4x8"
+        )
+    topology_chips = math.prod(map(int, sides))
     try:
-        chip, of_type, _ = parse_accelerator_type(accelerator_type)
+        if sides and (alone := CHIP_NAMES.get(accelerator_type)):
+            accelerator_type = alone.accelerator_type(topology_chips)
+        chip, chips, _ = parse_accelerator_type(accelerator_type)
     except ValueError as error:
         raise CloudTpuError(f"{error}") from error
-    if chip.name not in API_NAMES:
+    names = CLOUD_CHIPS[chip.name]
+    if not names.api_type:
+        served = ", ".join(name for name, other in CLOUD_CHIPS.items() if other.api_type)
         raise CloudTpuError(
-            f"the Cloud TPU API makes no {chip.name}; it has {', '.join(API_NAMES)}"
+            f"the Cloud TPU API does not serve {chip.name}; choose one of the chips that it "
+            f"serves: {served}"
         )
-    family, name, version = API_NAMES[chip.name]
-    flat = chip.name in ("v5e", "v6e")
-    if dimensions and (chips != of_type or len(dimensions) != (2 if flat else 3)):
+    if sides and (topology_chips != chips or len(sides) != chip.dimensions):
         raise CloudTpuError(
-            f"topology {topology} does not match {accelerator_type}: it has {of_type} chips, in "
-            f"{'two' if flat else 'three'} dimensions. Give one of the two, or make them match"
+            f"topology {topology} does not match {accelerator_type}, which has {chips} chips in "
+            f"{chip.dimensions} dimensions. Give the accelerator type alone, or the topology with "
+            f"the chip alone ({chip.name})"
         )
     number = accelerator_type.rpartition("-")[2]
     return {
-        "accelerator_type": f"{name}-{number}",
+        "accelerator_type": f"{chip.cloud_name}-{number}",
         "topology": topology,
-        "chip": family,
-        "runtime_version": version,
+        "api_type": names.api_type,
+        "runtime_version": names.runtime_version,
     }
 
 
@@ -489,10 +485,10 @@ def to_slice(node: tpu_v2.Node) -> Slice:
 
 
 def to_node(spec: Mapping[str, Any], project: str, zone: str) -> tpu_v2.Node:
-    """Return the node that is asked for.
+    """Return the API's description of a slice to create.
 
-    ``spec`` has the names of ``to_slice`` where both have it, and ``chip``, the chip's name for the
-    API, which a topology needs; what is empty is left to the API.
+    ``spec`` has the keys of ``to_slice`` that can be chosen, and ``api_type``, which the API needs
+    with a topology. The API chooses what is empty.
     """
     disks = f"projects/{project}/zones/{zone}/disks"
     node: dict[str, Any] = {
@@ -511,7 +507,7 @@ def to_node(spec: Mapping[str, Any], project: str, zone: str) -> tpu_v2.Node:
         ],
     }
     if spec["topology"]:
-        node["accelerator_config"] = {"type_": spec["chip"], "topology": spec["topology"]}
+        node["accelerator_config"] = {"type_": spec["api_type"], "topology": spec["topology"]}
     else:
         node["accelerator_type"] = spec["accelerator_type"]
     if spec["service_account"]:
