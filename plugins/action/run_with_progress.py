@@ -11,11 +11,13 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
 
 SHOW_SECONDS = 10
 LONGEST_POLL_SECONDS = 2
 LAST_LINES = 20
+clock = filter_loader.get("clock").j2_function
 
 display = Display()
 
@@ -32,11 +34,6 @@ def pack(root: Path, files: list[str], archive: Path) -> None:
     with tarfile.open(archive, "w") as tar:
         for name in files:
             tar.add(root / name, name, filter=ownerless)
-
-
-def clock(seconds: float) -> str:
-    """Return ``seconds`` as minutes and seconds, such as 2:05."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 class ActionModule(ActionBase):

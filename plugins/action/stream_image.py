@@ -12,20 +12,21 @@ from typing import Any, BinaryIO
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
 
 SHOW_SECONDS = 10
 MIB = 1 << 20
+clock = filter_loader.get("clock").j2_function
 
 display = Display()
 
 
 def progress(seconds: float, sent: int, size: int) -> str:
     """Return the line that says how far it is after ``seconds``."""
-    clock = f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
     if sent == size:
-        return f"{clock}  all {size // MIB:,} MiB sent, the engine unpacks them"
-    return f"{clock}  {sent // MIB:,} of {size // MIB:,} MiB"
+        return f"{clock(seconds)}  all {size // MIB:,} MiB sent, the engine unpacks them"
+    return f"{clock(seconds)}  {sent // MIB:,} of {size // MIB:,} MiB"
 
 
 class ActionModule(ActionBase):

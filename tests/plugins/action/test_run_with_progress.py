@@ -98,13 +98,3 @@ def test_check_mode_says_what_it_would_do(play, tmp_path):
     assert "[here] would work hard" in ran.stdout
     assert "changed=1" in ran.stdout
     assert not (tmp_path / "seen").exists()
-
-
-def test_time_reads_as_minutes_and_seconds():
-    assert [run_with_progress.clock(seconds) for seconds in (0, 9.9, 60, 125, 3725)] == [
-        "0:00",
-        "0:09",
-        "1:00",
-        "2:05",
-        "62:05",
-    ]
