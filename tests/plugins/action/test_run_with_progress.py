@@ -62,7 +62,7 @@ def test_files_private_files_and_environment_arrive_and_go(play, tmp_path):
 def test_a_failure_shows_the_last_lines(play, tmp_path):
     ran = play(cmd="seq 100; echo 'no space left' >&2; exit 7")
     assert ran.returncode == 2
-    assert "Exit code 7" in ran.stdout
+    assert "exit code 7" in ran.stdout
     assert "no space left" in ran.stdout
     assert "\n        90" in ran.stdout
     assert "\n        70" not in ran.stdout
