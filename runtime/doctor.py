@@ -28,7 +28,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# The smallest slice of each chip, as libtpu names it; with what else libtpu wants to know.
+# libtpu's name of a slice of four chips, by the chip's names in an accelerator type, and libtpu's
+# further options. The trainer's table of chips (trainer/tpu.py) is not where this file runs.
 TOPOLOGIES = {
     "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
     "v5e": ("v5e:2x2", {}),

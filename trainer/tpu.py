@@ -7,45 +7,54 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Chip:
     """One generation of Cloud TPU. Speeds and sizes are those of one chip.
 
-    ``ici_bytes_per_s`` counts all links of a slice's network, both directions; ``dcn_bytes_per_s``
-    is a chip's share of its host's network, one direction. ``units_per_chip`` is what the number in
-    an accelerator type counts: 2 for TensorCores, 1 for chips. ``slice_chips`` are the sizes of
-    slices: a slice of up to ``max_chips_per_host`` chips is one host, a larger one has
-    ``chips_per_host`` chips on each. ``libtpu_name`` is what libtpu calls the generation.
+    Attributes:
+        name: what this project calls the generation.
+        cloud_name: what Cloud TPU calls it in an accelerator type.
+        libtpu_name: what libtpu calls it in a topology.
+        libtpu_chip_config: libtpu's chip_config_name, where its default does not fit.
+        peak_bf16_flops: FLOP/s in bfloat16.
+        matrix_units: its matrix units, counted in units of 128 x 128 multipliers.
+        hbm_bytes: size of its memory.
+        hbm_bytes_per_s: bandwidth of its memory.
+        ici_bytes_per_s: all links of a slice's network, both directions.
+        dcn_bytes_per_s: share of its host's network, one direction.
+        dimensions: of the mesh or torus that a slice is: 2 or 3.
+        units_per_chip: 2 where the number in an accelerator type counts TensorCores, 1 for chips.
+        chips_per_host: chips on each host of a slice of several hosts.
+        max_chips_per_host: chips of the largest slice of one host.
+        slice_chips: the sizes of slices, in chips.
     """
 
     name: str
+    cloud_name: str
+    libtpu_name: str
+    libtpu_chip_config: str = ""
     peak_bf16_flops: float
+    matrix_units: int
     hbm_bytes: int
     hbm_bytes_per_s: float
     ici_bytes_per_s: float
     dcn_bytes_per_s: float
+    dimensions: int
     units_per_chip: int
     chips_per_host: int
     max_chips_per_host: int
     slice_chips: Sequence[int]
-    libtpu_name: str
 
     def accelerator_type(self, chips: int) -> str:
         """Return the name of a slice of so many chips: v5p-128 for 64 chips of v5p."""
         return f"{self.name}-{chips * self.units_per_chip}"
 
     @property
-    def dimensions(self) -> int:
-        """How many the torus of a slice has."""
-        return 3 if self.units_per_chip == 2 else 2
-
-    @property
     def clock_hz(self) -> float:
-        """Cycles a second, as far as the peak tells: matrix units multiply 128 x 128 numbers in
-        each. v4 and v5p have 8 of them, v5e has 4, and those of v6e make up for 16.
+        """Cycles a second, as far as the peak tells: in each, a matrix unit multiplies and adds
+        128 x 128 numbers.
         """
-        units = {"v4": 8, "v5p": 8, "v5e": 4, "v6e": 16}[self.name]
-        return self.peak_bf16_flops / (units * 2 * 128 * 128)
+        return self.peak_bf16_flops / (self.matrix_units * 2 * 128 * 128)
 
 
 @dataclass(frozen=True)
@@ -77,37 +86,74 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip(
-            "v4",
-            275e12,
-            32 * GIB,
-            1200e9,
-            600e9,
-            6.25e9,
-            2,
-            4,
-            4,
-            (*_TORUS_3D, *range(64, 4097, 64)),
-            "v4",
+            name="v4",
+            cloud_name="v4",
+            libtpu_name="v4",
+            libtpu_chip_config="megacore",  # else each of its two TensorCores is a device
+            peak_bf16_flops=275e12,
+            matrix_units=8,
+            hbm_bytes=32 * GIB,
+            hbm_bytes_per_s=1200e9,
+            ici_bytes_per_s=600e9,
+            dcn_bytes_per_s=6.25e9,
+            dimensions=3,
+            units_per_chip=2,
+            chips_per_host=4,
+            max_chips_per_host=4,
+            slice_chips=(*_TORUS_3D, *range(64, 4097, 64)),
         ),
-        Chip("v5e", 197e12, 16 * GIB, 819e9, 400e9, 3.125e9, 1, 4, 8, _TORUS_2D, "v5e"),
         Chip(
-            "v5p",
-            459e12,
-            95 * GIB,
-            2765e9,
-            1200e9,
-            6.25e9,
-            2,
-            4,
-            4,
-            (*_TORUS_3D, *range(64, 6145, 64)),
-            "v5",
+            name="v5e",
+            cloud_name="v5litepod",
+            libtpu_name="v5e",
+            peak_bf16_flops=197e12,
+            matrix_units=4,
+            hbm_bytes=16 * GIB,
+            hbm_bytes_per_s=819e9,
+            ici_bytes_per_s=400e9,
+            dcn_bytes_per_s=3.125e9,
+            dimensions=2,
+            units_per_chip=1,
+            chips_per_host=4,
+            max_chips_per_host=8,
+            slice_chips=_TORUS_2D,
         ),
-        Chip("v6e", 918e12, 32 * GIB, 1638e9, 800e9, 12.5e9, 1, 4, 8, _TORUS_2D, "v6e"),
+        Chip(
+            name="v5p",
+            cloud_name="v5p",
+            libtpu_name="v5",
+            peak_bf16_flops=459e12,
+            matrix_units=8,
+            hbm_bytes=95 * GIB,
+            hbm_bytes_per_s=2765e9,
+            ici_bytes_per_s=1200e9,
+            dcn_bytes_per_s=6.25e9,
+            dimensions=3,
+            units_per_chip=2,
+            chips_per_host=4,
+            max_chips_per_host=4,
+            slice_chips=(*_TORUS_3D, *range(64, 6145, 64)),
+        ),
+        Chip(
+            name="v6e",
+            cloud_name="v6e",
+            libtpu_name="v6e",
+            peak_bf16_flops=918e12,
+            matrix_units=16,
+            hbm_bytes=32 * GIB,
+            hbm_bytes_per_s=1638e9,
+            ici_bytes_per_s=800e9,
+            dcn_bytes_per_s=12.5e9,
+            dimensions=2,
+            units_per_chip=1,
+            chips_per_host=4,
+            max_chips_per_host=8,
+            slice_chips=_TORUS_2D,
+        ),
     )
 }
-# Cloud TPU itself names v5e slices v5litepod-N.
-_ALIASES = {"v5litepod": "v5e"}
+# Each chip by both of its names, for v5e-16 and v5litepod-16 are the same slice
+CHIP_NAMES = {name: chip for chip in CHIPS.values() for name in (chip.name, chip.cloud_name)}
 
 
 def parse_accelerator_type(accelerator_type: str) -> tuple[Chip, int, int]:
@@ -116,11 +162,11 @@ def parse_accelerator_type(accelerator_type: str) -> tuple[Chip, int, int]:
     Raises ValueError, naming what is known, for any other chip or a size that has no slice.
     """
     match = re.fullmatch(r"([a-z0-9]+)-([0-9]+)", accelerator_type)
-    chip = match and CHIPS.get(_ALIASES.get(match[1], match[1]))
+    chip = match and CHIP_NAMES.get(match[1])
     if not chip:
         raise ValueError(
             f"unknown accelerator type {accelerator_type!r}; known are "
-            f"{', '.join(f'{name}-N' for name in (*CHIPS, *_ALIASES))}, for example v5p-128"
+            f"{', '.join(f'{name}-N' for name in CHIP_NAMES)}, for example v5p-128"
         )
     chips, rest = divmod(int(match[2]), chip.units_per_chip)
     if rest or chips not in chip.slice_chips:
@@ -137,8 +183,8 @@ def parse_accelerator_type(accelerator_type: str) -> tuple[Chip, int, int]:
 
 
 def topology_of(chip: Chip, chips: int) -> tuple[int, ...]:
-    """Return the shape of a slice of so many chips, as Cloud TPU makes it without a word: the one
-    with the shortest sides, which from 64 chips of v4 and v5p on are multiples of 4.
+    """Return the shape of a slice of so many chips, as Cloud TPU makes it where no topology is
+    given: the one with the shortest sides, which from 64 chips of v4 and v5p on are multiples of 4.
     """
     step = 4 if chip.dimensions == 3 and chips >= 64 else 1
     sides = range(step, chips + 1, step)
@@ -161,12 +207,11 @@ def parse_slice(accelerator_type: str, topology: str = "", slices: int = 1) -> S
 
     Raises ValueError, naming what is known, where there is none.
     """
-    known = {**CHIPS, **{alias: CHIPS[name] for alias, name in _ALIASES.items()}}
     if not topology:
         chip, chips, _ = parse_accelerator_type(accelerator_type)
         return Slice(chip, topology_of(chip, chips), slices)
-    if accelerator_type in known:
-        chip, chips = known[accelerator_type], None
+    if accelerator_type in CHIP_NAMES:
+        chip, chips = CHIP_NAMES[accelerator_type], None
     else:
         chip, chips, _ = parse_accelerator_type(accelerator_type)
     sides = "x".join(["[0-9]+"] * chip.dimensions)

@@ -1,7 +1,7 @@
-"""Tell whether a worker can train, or follow the run that it has, and else why not.
+"""Check whether a worker can train, or has a run to follow; else fail with every obstacle at once.
 
-The tasks before have looked at the worker; here it is judged, all at once, so that one look at a
-slice tells of every worker what keeps it from training and what to do about it.
+The tasks before this one have collected what it judges, and it connects to no worker. So one run of
+the preflight lists the obstacles of every worker of a slice, each with the command that removes it.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from ansible.plugins.action import ActionBase
 
 IDENTITY = "mixtral-trainer.inputs"
 
-# What the module trainer_state returned for a worker
-Look = Mapping[str, Any]
+# The result of the module trainer_state on one worker
+Inspection = Mapping[str, Any]
 
 
 def differences(state: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return in which flags and variables a container differs from what is ``wanted``.
+    """Return the flags and environment variables of a run that are not those ``wanted``, each with
+    the run's value.
 
-    Both have a ``command``, a list, and an ``environment``. A container's may hold more variables,
-    those of its image.
+    Both arguments have a ``command``, a list, and an ``environment``. A container's environment may
+    have further variables, those of its image.
     """
-    has, wants = pairs(state["command"]), pairs(wanted["command"])
-    changed = [name for name in has | wants if has.get(name) != wants.get(name)]
-    flags = [f"{name} {has.get(name, 'not given')}".strip() for name in changed]
+    existing, flags = flag_values(state["command"]), flag_values(wanted["command"])
+    changed = [name for name in existing | flags if existing.get(name) != flags.get(name)]
     environment = state["environment"]
-    return flags + [
+    return [f"{name} {existing.get(name, 'not given')}".strip() for name in changed] + [
         f"{name}={environment.get(name, '')}"
         for name, value in wanted["environment"].items()
         if environment.get(name) != value
     ]
 
 
-def pairs(command: list[str]) -> dict[str, str]:
-    """Return the flags of a command line, each with its value, empty where it has none."""
+def flag_values(command: list[str]) -> dict[str, str]:
+    """Return the flags of a command line with their values, empty for a flag without a value."""
     flags: dict[str, str] = {}
     name = ""
     for word in command:
@@ -49,169 +49,187 @@ def pairs(command: list[str]) -> dict[str, str]:
     return flags
 
 
-def live_run(look: Look, wanted: Mapping[str, Any], name: str = "") -> str | None:
-    """Return the run that can be followed on a worker: one that goes on, or one that was left to
-    itself and that nobody has brought home since, if it is what is wanted now, also by its
-    ``name``.
+def run_to_follow(inspection: Inspection, wanted: Mapping[str, Any], name: str = "") -> str | None:
+    """Return the id of a worker's run that can be followed, None if there is none.
+
+    That is a run in progress; or a detached run that has ended, whose files were not fetched yet,
+    which is the ``wanted`` one, and which has the ``name`` if one is given.
     """
-    state = look["state"]
+    state = inspection["state"]
     if not state:
         return None
-    waits = state["detached"] and not look["collected"] and not differences(state, wanted)
-    waits = waits and name in ("", state["run_id"])
+    waits = (
+        state["detached"]
+        and not inspection["collected"]
+        and not differences(state, wanted)
+        and name in ("", state["run_id"])
+    )
     return state["run_id"] if state["running"] or waits else None
 
 
-def broken_off_run(look: Look, wanted: Mapping[str, Any], name: str = "") -> str | None:
-    """Return the run that can be resumed on a worker, for it has a checkpoint of it: the one of
-    that ``name``, else the last one, if it did not succeed and is what is wanted now.
+def run_to_resume(inspection: Inspection, wanted: Mapping[str, Any], name: str = "") -> str | None:
+    """Return the id of a worker's run that can be resumed from a checkpoint, None if there is none.
+
+    That is the run ``name``; without a name the last one, if it failed and is the ``wanted`` one.
     """
-    state = look["state"]
-    if look["checkpoint"] is None:
+    state = inspection["state"]
+    if inspection["checkpoint"] is None:
         return None
     if name or not state:
         return name or None
     return None if state["exit_code"] == 0 or differences(state, wanted) else state["run_id"]
 
 
-def resume_complaints(
-    own: str, looks: Mapping[str, Look], wanted: Mapping[str, Any], resume: str, name: str
+def resume_errors(
+    own: str,
+    inspections: Mapping[str, Inspection],
+    wanted: Mapping[str, Any],
+    resume: str,
+    name: str,
+    runs_dir: str,
 ) -> Iterator[str]:
-    """Yield why no run can be resumed on worker ``own``, where one has to be, or must not start.
+    """Yield why worker ``own`` cannot resume a run that it has to resume, or cannot start anew.
 
-    Where ``resume`` is ``bucket``, checkpoints are not on workers, and the trainer looks for them.
+    With ``resume`` as ``bucket`` checkpoints are not on the workers, and the trainer looks for
+    them. ``runs_dir`` is the directory of all runs on the worker.
     """
-    anew = "Start anew: -e resume=never"
+    anew = "To start a new run: -e resume=never"
     if resume == "never":
-        if name and looks[own]["exists"]:
-            yield f"Run {name} is here already, and resume is never. Give another run_name"
+        if name and inspections[own]["exists"]:
+            yield (
+                f"Run {name} exists on this worker already, and resume is never. Give another "
+                "run_name"
+            )
         return
     if resume == "bucket":
         return
-    runs = {worker: broken_off_run(look, wanted, name) for worker, look in looks.items()}
+    runs = {worker: run_to_resume(found, wanted, name) for worker, found in inspections.items()}
     others = {worker: run for worker, run in runs.items() if run not in (None, runs[own])}
     if others and not runs[own]:
         worker, run = next(iter(others.items()))
-        yield f"There is no checkpoint here of run {run}, of which {worker} has one. {anew}"
-    elif name and looks[own]["exists"] and not runs[own]:
+        yield f"This worker has no checkpoint of run {run}, and {worker} has one. {anew}"
+    elif name and inspections[own]["exists"] and not runs[own]:
         yield (
-            f"Run {name} is here already, without a checkpoint to resume from. Give another "
-            f"run_name, or remove ~/mixtral-trainer/runs/{name}"
+            f"Run {name} exists on this worker already, without a checkpoint to resume from. Give "
+            f"another run_name, or delete {runs_dir}/{name}"
         )
     elif others:
-        yield f"Run {runs[own]} would be resumed here, and others on {', '.join(others)}. {anew}"
-    elif resume == "must" and not runs[own]:
-        yield f"resume is must, and {_nothing_to_resume(looks[own], wanted, name)}"
-
-
-def _nothing_to_resume(look: Look, wanted: Mapping[str, Any], name: str) -> str:
-    state = look["state"]
-    if look["checkpoint"] is None or not state:
-        what = f"of run {name}" if name else "of a last run"
-        return (
-            f"there is no checkpoint {what} here. Runs save checkpoints with "
-            "-e save_strategy=steps; take resume=auto to start the first one"
+        yield (
+            f"This worker would resume run {runs[own]}, and {', '.join(others)} another one. {anew}"
         )
-    resumed = f"To go on from it all the same: -e run_name={state['run_id']}"
-    if other := differences(state, wanted):
-        return f"run {state['run_id']} had other variables (it has {', '.join(other)}). {resumed}"
-    return f"run {state['run_id']} has succeeded. {resumed} and a larger max_steps"
+    elif resume == "must" and not runs[own]:
+        yield f"resume is must, and {_nothing_to_resume(inspections[own], wanted, name)}"
 
 
-def run_complaints(
+def _nothing_to_resume(inspection: Inspection, wanted: Mapping[str, Any], name: str) -> str:
+    state = inspection["state"]
+    if inspection["checkpoint"] is None or not state:
+        run = f"run {name}" if name else "an earlier run"
+        return (
+            f"this worker has no checkpoint of {run}. Runs save checkpoints with "
+            "-e save_strategy=steps; -e resume=auto starts the first one"
+        )
+    resumed = f"To resume run {state['run_id']} nevertheless: -e run_name={state['run_id']}"
+    if different := differences(state, wanted):
+        return (
+            f"the last run, {state['run_id']}, had other variables ({', '.join(different)}). "
+            f"{resumed}"
+        )
+    return f"the last run, {state['run_id']}, has succeeded. {resumed} and a larger max_steps"
+
+
+def follow_errors(
     own: str,
-    looks: Mapping[str, Look],
+    inspections: Mapping[str, Inspection],
     wanted: Mapping[str, Any],
     name: str = "",
     detach: bool = False,
 ) -> Iterator[str]:
-    """Yield why the run that is on worker ``own`` cannot be followed, or be left to itself where it
-    is to ``detach``, if so.
+    """Yield why the run in progress on worker ``own`` cannot be followed, or not be detached where
+    ``detach`` asks for it.
     """
-    runs = {worker: live_run(look, wanted, name) for worker, look in looks.items()}
-    state = looks[own]["state"]
-    here = (
-        f"Run {runs[own]}, started by {state['started_by']} at {state['started']}, is training here"
+    runs = {worker: run_to_follow(found, wanted, name) for worker, found in inspections.items()}
+    state = inspections[own]["state"]
+    run = (
+        f"Run {runs[own]}, started by {state['started_by']} at {state['started']}, is training on "
+        "this worker"
     )
-    without = [worker for worker, run in runs.items() if run != runs[own]]
+    end = "ansible-playbook stop.yml"
+    without = [worker for worker, other in runs.items() if other != runs[own]]
     if without:
-        yield (
-            f"{here}, but not on {', '.join(without)}: half a run. "
-            "End it: ansible-playbook stop.yml"
-        )
+        yield f"{run}, but not on {', '.join(without)}. End the run on all workers: {end}"
     elif name not in ("", runs[own]):
+        yield f"{run}, and run_name is {name}. Wait until the run ends, or end it: {end}"
+    elif different := differences(state, wanted):
         yield (
-            f"{here}, and run_name is {name}. Wait for its end, or end it: "
-            "ansible-playbook stop.yml"
-        )
-    elif other := differences(state, wanted):
-        yield (
-            f"{here} with other variables (it has {', '.join(other)}). Wait for its end, or end "
-            "it: ansible-playbook stop.yml"
+            f"{run} with other variables ({', '.join(different)}). Wait until the run ends, or end "
+            f"it: {end}"
         )
     elif detach and not state["detached"]:
         yield (
-            f"{here} under a lease, which nobody would renew with detach. Follow it: the same "
-            "train.yml without detach; or end it first: ansible-playbook stop.yml"
+            f"{run} under a lease, which no one would renew for a detached run. Follow the run "
+            f"with the same train.yml without detach, or end it first: {end}"
         )
 
 
-def image_complaints(name: str, found: list[Mapping[str, Any]], identity: str) -> Iterator[str]:
-    """Yield what is wrong with a worker's image ``name``; ``identity`` is that of the right one."""
-    if not found:
-        yield f"There is no image {name}. Bring it: ansible-playbook site.yml"
+def image_errors(name: str, images: list[Mapping[str, Any]], identity: str) -> Iterator[str]:
+    """Yield that a worker has no image ``name``, or one with another ``identity``.
+
+    ``images`` is what the engine says of the image, empty where it has none. An empty ``identity``
+    allows every image.
+    """
+    if not images:
+        yield f"There is no image {name}. Ship the image: ansible-playbook site.yml"
         return
-    has = (found[0]["Config"]["Labels"] or {}).get(IDENTITY, "")
-    if identity and has != identity:
+    existing = (images[0]["Config"]["Labels"] or {}).get(IDENTITY, "")
+    if identity and existing != identity:
         yield (
-            f"The image {name} was built from other files ({IDENTITY} is {has[:12] or 'not set'}) "
-            f"than those on the controller ({identity[:12]}). "
-            "Bring the right one: ansible-playbook site.yml"
+            f"The image {name} was built from other files ({IDENTITY} is "
+            f"{existing[:12] or 'not set'}) than those on the controller ({identity[:12]}). "
+            "Ship the controller's image: ansible-playbook site.yml"
         )
 
 
-def stack_complaints(stack: str, venv: str, there: bool) -> Iterator[str]:
-    """Yield that the virtual environment ``venv`` of the ``stack`` is not on the worker."""
-    if not there:
+def stack_errors(stack: str, venv: str, exists: bool) -> Iterator[str]:
+    """Yield that the worker lacks ``venv``, the virtual environment of the ``stack``."""
+    if not exists:
         yield (
-            f"There is no {venv}, in which the stack {stack} would be. "
+            f"The stack {stack} is not installed: there is no {venv}. "
             f"Install it: ansible-playbook site.yml -e runtime=native -e stack={stack}"
         )
 
 
-def configuration_complaints(results: list[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield which of a worker's files is not the controller's.
+def configuration_errors(results: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield each configuration file that is missing on a worker or differs from the controller's.
 
-    Each of the ``results`` is one of the module stat, whose item has the controller's file as
-    ``source``.
+    ``results`` are those of the module stat; the item of each has the file's ``name`` in the user's
+    home and its ``source`` on the controller.
     """
+    copy = "Copy the controller's file: ansible-playbook site.yml --tags config"
     for result in results:
         path, source = result["stat"].get("path"), result["item"]["source"]
         name = path or f"~/{result['item']['name']}"
         if not result["stat"]["exists"]:
-            yield f"{name} is missing. Push it: ansible-playbook site.yml --tags config"
+            yield f"{name} is missing. {copy}"
         elif result["stat"]["checksum"] != hashlib.sha1(Path(source).read_bytes()).hexdigest():
-            yield (
-                f"{name} is not the same as {source} on the controller. "
-                "Push it: ansible-playbook site.yml --tags config"
-            )
+            yield (f"{name} is not the same as {source} on the controller. {copy}")
 
 
-def accelerator_complaints(users: list[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield which processes hold the accelerator."""
+def accelerator_errors(users: list[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield each process that holds the accelerator."""
     for user in users:
         yield (
             f"Process {user['pid']} ({user['command'][:80]}) holds {user['path']}. "
-            f"Wait for its end, or end it on the worker: sudo kill {user['pid']}"
+            f"Wait until the process ends, or end it on the worker: sudo kill {user['pid']}"
         )
 
 
-def disk_complaints(free_gib: float, needed_gib: float) -> Iterator[str]:
-    """Yield that there is too little room for what a run writes."""
+def disk_errors(free_gib: float, needed_gib: float, runs_dir: str) -> Iterator[str]:
+    """Yield that the file system of ``runs_dir`` has too little free space for a run's files."""
     if free_gib < needed_gib:
         yield (
             f"{free_gib:.2f} GiB of disk are free for the run's files; {needed_gib:g} are needed. "
-            "Free some: old runs are in ~/mixtral-trainer/runs"
+            f"Delete old runs from {runs_dir}"
         )
 
 
@@ -229,14 +247,15 @@ class ActionModule(ActionBase):
             "identity",
             "image",
             "images",
-            "looks",
+            "inspections",
             "name",
             "needed_gib",
             "resume",
+            "runs_dir",
             "runtime",
             "stack",
             "venv",
-            "venv_is_there",
+            "venv_exists",
             "wanted",
         )
     )
@@ -244,38 +263,40 @@ class ActionModule(ActionBase):
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Fail with every complaint; else tell with ``run_id`` which run is to be followed, or with
-        ``resumes`` which one is to be resumed.
+        """Fail with every obstacle. Otherwise return the run to follow as ``run_id`` and the run to
+        resume as ``resumes``, each None where there is none.
         """
         super().run(tmp, task_vars)
         args, own = self._task.args, task_vars["inventory_hostname"]
-        run_id = live_run(args["looks"][own], args["wanted"], args["name"])
-        complaints = list(self._complaints(args, own, run_id))
-        if complaints:
-            return {"failed": True, "msg": "\n".join(complaints)}
+        inspection = args["inspections"][own]
+        run_id = run_to_follow(inspection, args["wanted"], args["name"])
+        errors = list(self._errors(args, own, run_id))
+        if errors:
+            return {"failed": True, "msg": "\n".join(errors)}
         resumes = None
         if not run_id and args["resume"] != "never":
-            resumes = broken_off_run(args["looks"][own], args["wanted"], args["name"])
+            resumes = run_to_resume(inspection, args["wanted"], args["name"])
         return {"changed": False, "run_id": run_id, "resumes": resumes}
 
-    def _complaints(self, args: Mapping[str, Any], own: str, run_id: str | None) -> Iterator[str]:
+    def _errors(self, args: Mapping[str, Any], own: str, run_id: str | None) -> Iterator[str]:
+        inspections, wanted, name = args["inspections"], args["wanted"], args["name"]
         native = args["runtime"] == "native"
-        if not native and not args["looks"][own]["engine"]:
-            yield "No Docker engine answers. Provision the worker: ansible-playbook site.yml"
-        elif run_id:
-            yield from run_complaints(
-                own, args["looks"], args["wanted"], args["name"], args["detach"]
+        if not native and not inspections[own]["engine"]:
+            yield (
+                "The Docker engine does not answer. Provision the worker: ansible-playbook site.yml"
             )
+        elif run_id:
+            yield from follow_errors(own, inspections, wanted, name, args["detach"])
         else:
-            yield from resume_complaints(
-                own, args["looks"], args["wanted"], args["resume"], args["name"]
+            yield from resume_errors(
+                own, inspections, wanted, args["resume"], name, args["runs_dir"]
             )
             if native:
-                yield from stack_complaints(args["stack"], args["venv"], args["venv_is_there"])
+                yield from stack_errors(args["stack"], args["venv"], args["venv_exists"])
             else:
-                yield from image_complaints(args["image"], args["images"], args["identity"])
-            # In check mode nothing was pushed.
+                yield from image_errors(args["image"], args["images"], args["identity"])
+            # In check mode site.yml has copied nothing.
             if not self._task.check_mode:
-                yield from configuration_complaints(args["configuration"])
-            yield from accelerator_complaints(args["accelerator_users"])
-            yield from disk_complaints(args["free_gib"], args["needed_gib"])
+                yield from configuration_errors(args["configuration"])
+            yield from accelerator_errors(args["accelerator_users"])
+            yield from disk_errors(args["free_gib"], args["needed_gib"], args["runs_dir"])

@@ -1,7 +1,7 @@
-"""Ask the Hugging Face hub about a token, on the controller, before any worker gets it.
+"""Check a token with the Hugging Face hub, on the controller, before it is sent to any worker.
 
-The token is read from the variable ``huggingface__token``. It is no argument of the task and no
-part of its result, so that the task needs no ``no_log`` and its words reach the user.
+The token is read from the variable ``huggingface__token``. It is neither an argument of the task
+nor part of its result, so the task needs no ``no_log`` and its errors reach the user.
 """
 
 from __future__ import annotations
@@ -32,80 +32,88 @@ Answer = TypeVar("Answer")
 display = Display()
 
 
-class Refused(Exception):
-    """The token must not be stored; the message says why, and what to do about it."""
+class TokenError(Exception):
+    """The token must not be stored; the message is the cause and the next step."""
 
 
-def ask(endpoint: str, question: Callable[[], Answer]) -> Answer:
-    """Return the hub's answer, asking up to ATTEMPTS times while it is not there or busy.
+def request(endpoint: str, call: Callable[[], Answer]) -> Answer:
+    """Return what ``call`` gets from the hub, with up to ATTEMPTS attempts.
 
-    Raises HfHubHTTPError for an answer that another attempt would not change, else Refused.
+    Raises HfHubHTTPError for an answer that another attempt would not change, and TokenError if the
+    hub stays unreachable or busy.
     """
-    # Each process has a session of its own, and huggingface_hub's waits forever.
+    # Each process has a session of its own, and huggingface_hub sets no timeout for it.
     get_session().timeout = ANSWER_SECONDS
     for attempt in range(ATTEMPTS):
         wait = 2**attempt
         try:
-            return question()
+            return call()
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status != 429 and status < 500:
                 raise
-            trouble = f"answers {status}"
-            asked_for = error.response.headers.get("Retry-After", "")
-            wait = min(int(asked_for), LONGEST_WAIT_SECONDS) if asked_for.isdigit() else wait
+            problem = f"answers {status}"
+            retry_after = error.response.headers.get("Retry-After", "")
+            wait = min(int(retry_after), LONGEST_WAIT_SECONDS) if retry_after.isdigit() else wait
         except (httpx2.RequestError, OSError) as error:
-            trouble = f"is unreachable ({str(error) or type(error).__name__})"
+            problem = f"is unreachable ({str(error) or type(error).__name__})"
         if attempt < ATTEMPTS - 1:
-            display.display(f"The Hugging Face hub at {endpoint} {trouble}; again in {wait} s")
+            display.display(
+                f"The Hugging Face hub at {endpoint} {problem}; next attempt in {wait} s"
+            )
             time.sleep(wait)
-    raise Refused(
-        f"The Hugging Face hub at {endpoint} {trouble}, {ATTEMPTS} times. See that the controller "
-        "reaches it, or set HF_ENDPOINT to a hub that it does reach; without a token none is asked."
+    raise TokenError(
+        f"The Hugging Face hub at {endpoint} {problem}, in {ATTEMPTS} attempts. Check that the "
+        "controller reaches the hub, set HF_ENDPOINT to another hub, or go on without a token."
     )
 
 
 def check_endpoint(endpoint: str) -> None:
-    """Raise Refused if ``endpoint`` is no address of a hub."""
+    """Raise TokenError unless ``endpoint`` can be the address of a hub."""
     try:
         url = httpx2.URL(endpoint)
     except httpx2.InvalidURL:
         url = httpx2.URL()
     if url.scheme not in ("http", "https") or not url.host:
-        raise Refused(
+        raise TokenError(
             f"The Hugging Face hub's address (HF_ENDPOINT) is {endpoint!r}; allowed is http:// or "
             "https:// and a host. Correct it, or unset it to take the public hub."
         )
 
 
 def owner(api: HfApi, source: str) -> str:
-    """Return the name of the user whose token it is. Raises Refused if the hub does not take it."""
+    """Return the name of the user whom the token of ``api`` belongs to.
+
+    ``source`` says where the token was found. Raises TokenError if the hub does not accept it.
+    """
     try:
-        return ask(api.endpoint, api.whoami)["name"]
+        return request(api.endpoint, api.whoami)["name"]
     except HfHubHTTPError as error:
         if error.response.status_code == 401:
-            said = error.response.headers.get("X-Error-Message", "") + error.response.text
-            raise Refused(
+            answer = error.response.headers.get("X-Error-Message", "") + error.response.text
+            raise TokenError(
                 f"The Hugging Face token in {source} is "
-                f"{'expired' if 'expired' in said else 'wrong'}: {api.endpoint} does not take it. "
-                f"Make another one at {api.endpoint}/settings/tokens and put it there."
+                f"{'expired' if 'expired' in answer else 'wrong'}: {api.endpoint} does not accept "
+                f"it. Create another one at {api.endpoint}/settings/tokens, and store it in "
+                f"{source}."
             ) from error
-        said = f"answers {error.response.status_code}"
+        problem = f"answers {error.response.status_code}"
     except (ValueError, KeyError, TypeError):
-        said = "gives no name"
-    raise Refused(
-        f"{api.endpoint} {said} when it is asked whose the token in {source} is; a Hugging Face "
-        "hub would say. Set HF_ENDPOINT to one, or unset it to take the public hub."
+        problem = "returns no name"
+    raise TokenError(
+        f"{api.endpoint} {problem} to the question whom the token in {source} belongs to, which "
+        "every Hugging Face hub answers. Set HF_ENDPOINT to a hub, or unset it to use the public "
+        "hub."
     )
 
 
 def unreadable(
     api: HfApi, user: str, source: str, repositories: Mapping[str, list[str]]
 ) -> Iterator[str]:
-    """Yield a complaint about each of the ``repositories`` that the token may not read.
+    """Yield an error for each of the ``repositories`` that the token may not read.
 
-    They stand under their type, ``model`` or ``dataset``. What cannot be the name of one is a path,
-    which nobody needs a token for. Raises Refused if the hub does not answer.
+    ``repositories`` has lists of names under ``model`` and ``dataset``. A name that the hub does
+    not allow is a local path, and is passed over. Raises TokenError if the hub does not answer.
     """
     tokens = f"{api.endpoint}/settings/tokens"
     for kind, names in repositories.items():
@@ -113,29 +121,30 @@ def unreadable(
             page = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
             token = f"The Hugging Face token in {source} (user {user})"
             try:
-                ask(api.endpoint, partial(api.auth_check, name, repo_type=kind))
+                request(api.endpoint, partial(api.auth_check, name, repo_type=kind))
             except GatedRepoError:
                 yield (
-                    f"{token} is unauthorised for the gated {kind} {name}. Ask for access at "
+                    f"{token} is unauthorised for the gated {kind} {name}. Request access at "
                     f"{page}; a fine-grained token must also be allowed, at {tokens}, to read "
                     "gated repositories."
                 )
             except RepositoryNotFoundError:
                 yield (
-                    f"{token} sees no {kind} {name}: there is none, or it is private and the token "
-                    f"unauthorised. Correct the name, or get access at {page}."
+                    f"{token} cannot find the {kind} {name}: either it does not exist, or it is "
+                    "private and the token unauthorised. Correct the name, or get access at "
+                    f"{page}."
                 )
             except HfHubHTTPError as error:
                 status = error.response.status_code
-                cannot = "is unauthorised for" if status in (401, 403) else "cannot read"
+                reason = "is unauthorised for" if status in (401, 403) else "cannot read"
                 yield (
-                    f"{token} {cannot} the {kind} {name}: {api.endpoint} answers {status}. Look at "
-                    f"{page}, and at {tokens} for what the token may do."
+                    f"{token} {reason} the {kind} {name}: {api.endpoint} answers {status}. Check "
+                    f"{page}, and the token's permissions at {tokens}."
                 )
 
 
 def is_repository(name: str) -> bool:
-    """Tell whether ``name`` can be that of a repository on the hub."""
+    """Return whether the hub allows ``name`` as that of a repository."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -153,24 +162,24 @@ class ActionModule(ActionBase):
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return the token's ``user``, none without a token. Fail with all that is against it."""
+        """Return the token's ``user``, None without a token; fail with everything it may not do."""
         super().run(tmp, task_vars)
         args = self._task.args
         token = self._templar.template(task_vars["huggingface__token"])
         if not token["value"]:
             return {"changed": False, "user": None}
-        # Else huggingface_hub also asks the public hub whether its user may be a coding agent.
+        # Otherwise huggingface_hub sends a further request, with telemetry, to the public hub.
         constants.HF_HUB_DISABLE_TELEMETRY = True
         api = HfApi(endpoint=args["endpoint"] or None, token=token["value"])
         repositories = {"model": args["models"], "dataset": args["datasets"]}
         try:
             check_endpoint(api.endpoint)
             user = owner(api, token["source"])
-            complaints = list(unreadable(api, user, token["source"], repositories))
-        except Refused as refused:
-            complaints = [str(refused)]
-        if complaints:
-            # Whatever an answer may have held: the token is in no text.
-            message = "\n".join(complaints).replace(token["value"], "…")
-            return {"failed": True, "msg": f"{message}\nNo worker has got the token."}
+            errors = list(unreadable(api, user, token["source"], repositories))
+        except TokenError as error:
+            errors = [str(error)]
+        if errors:
+            # An answer of the hub may quote the token.
+            message = "\n".join(errors).replace(token["value"], "…")
+            return {"failed": True, "msg": f"{message}\nThe token was not sent to any worker."}
         return {"changed": False, "user": user}

@@ -1,12 +1,12 @@
 """Follow one worker's run to its end.
 
-At every poll, one call of the module trainer_state renews the run's lease, mirrors what the
-worker's log and metrics gained into the run's directory on the controller, and tells whether the
-trainer still runs. What a killed controller leaves behind is therefore complete up to the last
-poll, and the lease ends the run that nobody follows any more.
+At every poll, one call of the module trainer_state renews the run's lease, returns whether the
+trainer still runs, and returns the new parts of the worker's log and metrics, which are added to
+their copies on the controller. So the copies of a killed controller are complete up to the last
+poll, and a run that is no longer followed ends with its lease.
 
-Each worker has a follower, a process of its own. What one has to tell the others is in the run's
-directory: metrics.jsonl says how far its worker is, exit.json that and how its worker has ended.
+Each worker has a follower, a process of its own. Followers exchange information through the run's
+directory: a worker's metrics.jsonl has its last step, and its exit.json how it has ended.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ REWRITTEN = ("summary.json",)
 LAST_LINES = 20
 STOPPED = "stopped, because"
 QUIET_SECONDS = 15
-# What status.yml says, too
+# Playbooks use these filters, too, for the status of a run.
 clock = filter_loader.get("clock").j2_function
 last_steps = filter_loader.get("last_steps").j2_function
 progress = filter_loader.get("progress").j2_function
@@ -40,10 +40,10 @@ display = Display()
 
 
 class Mirror:
-    """The copy of a worker's files in ``directory``, byte for byte.
+    """The copies of a worker's files in ``directory``, byte for byte.
 
-    Every byte has its place, so it does no harm when a run is followed again, or twice. A file that
-    the worker has replaced, as a resumed trainer does with its metrics, is replaced here.
+    Each part is written at its offset, so a run may be followed again, or by two controllers. When
+    the worker replaces a file, as a resumed trainer does with its metrics, so does the copy.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,20 +52,20 @@ class Mirror:
         self.inodes: dict[str, int] = {}
 
     def take(self, files: dict[str, dict[str, Any]]) -> bool:
-        """Write down what trainer_state returned as ``files``; tell whether a file has grown."""
+        """Write the ``files`` of trainer_state to their copies; return whether a file has grown."""
         grown = False
-        for name, piece in files.items():
-            data = base64.b64decode(piece["data"])
+        for name, part in files.items():
+            data = base64.b64decode(part["data"])
             if name in self.offsets:
                 path = self.directory / name
                 path.touch()
                 with path.open("r+b") as file:
-                    if self.inodes.setdefault(name, piece["inode"]) != piece["inode"]:
+                    if self.inodes.setdefault(name, part["inode"]) != part["inode"]:
                         file.truncate(0)
-                    file.seek(piece["offset"] - len(data))
+                    file.seek(part["offset"] - len(data))
                     file.write(data)
                 grown |= bool(data)
-                self.offsets[name], self.inodes[name] = piece["offset"], piece["inode"]
+                self.offsets[name], self.inodes[name] = part["offset"], part["inode"]
             else:
                 replace(self.directory / name, data)
         return grown
@@ -75,11 +75,11 @@ class Mirror:
         return screen_lines(tail(self.directory / "trainer.log"))
 
     def last_steps(self) -> list[dict[str, Any]]:
-        """Return the newest whole lines of the metrics, none before the first."""
+        """Return the last complete lines of the metrics, none before the first step."""
         return last_steps(tail(self.directory / "metrics.jsonl"))
 
     def max_steps(self) -> int | None:
-        """Return how many steps the trainer itself says it will make, None before it has."""
+        """Return the number of steps that the trainer has announced, None before it has."""
         path = self.directory / "summary.json"
         return (
             json.loads(path.read_text(encoding="utf-8")).get("max_steps") if path.exists() else None
@@ -87,7 +87,7 @@ class Mirror:
 
 
 def tail(path: Path, size: int = 65536) -> str:
-    """Return the last ``size`` bytes of a file as text, nothing where there is no file."""
+    """Return the last ``size`` bytes of a file as text, empty if there is no file."""
     if not path.exists():
         return ""
     with path.open("rb") as file:
@@ -96,23 +96,22 @@ def tail(path: Path, size: int = 65536) -> str:
 
 
 def screen_lines(text: str) -> list[str]:
-    """Return the last lines that are not empty. A progress bar is the line it last showed."""
+    """Return the last lines that are not empty, of a progress bar its last state."""
     lines = [line.split("\r")[-1] for line in text.replace("\r\n", "\n").split("\n")]
     return [line for line in lines if line.strip()][-LAST_LINES:]
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, and nothing between."""
+    """Replace a file in one step: a reader gets the old content or the new one, never a part."""
     new = path.with_name(f".{path.name}")
     new.write_bytes(data)
     new.replace(path)
 
 
 def exit_record(state: dict[str, Any] | None, error: str, last_lines: list[str]) -> dict[str, Any]:
-    """Return the content of exit.json from the engine's ``state`` of the container.
+    """Return the content of exit.json from the ``state`` of trainer_state.
 
-    ``error`` is what the follower knows and the engine does not. Without a state there is no exit
-    code.
+    ``error`` is a cause that only the follower knows. Without a state there is no exit code.
     """
     state = state or {}
     code = state.get("exit_code")
@@ -128,7 +127,7 @@ def exit_record(state: dict[str, Any] | None, error: str, last_lines: list[str])
 
 
 def signal_name(exit_code: int | None) -> str | None:
-    """Return the name of the signal that ended a process, by the shell's 128 + n."""
+    """Return the name of the signal n that ended a process with the exit code 128 + n."""
     try:
         return signal.Signals((exit_code or 0) - 128).name
     except ValueError:
@@ -136,9 +135,10 @@ def signal_name(exit_code: int | None) -> str | None:
 
 
 def exits(workers: Path, since: float) -> dict[str, dict[str, Any]]:
-    """Return the exit.json of every worker that has ended, less what earlier followers have left.
+    """Return the exit.json of every worker that has ended, by worker.
 
-    ``since`` is when those of today began, in seconds since 1970.
+    Files from before ``since``, in seconds since 1970, are left out: earlier followers of the same
+    run wrote them.
     """
     return {
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
@@ -148,18 +148,22 @@ def exits(workers: Path, since: float) -> dict[str, dict[str, Any]]:
 
 
 def failed_worker(ended: dict[str, dict[str, Any]], own: str) -> str | None:
-    """Return a worker other than ``own`` that has failed by itself, by the records of ends."""
+    """Return a worker other than ``own`` that failed and was not stopped; None if there is none.
+
+    ``ended`` has the exit.json of each worker that has ended.
+    """
     for worker, record in ended.items():
-        by_itself = not (record["error"] or "").startswith(STOPPED)
-        if worker != own and record["exit_code"] != 0 and by_itself:
+        stopped = (record["error"] or "").startswith(STOPPED)
+        if worker != own and record["exit_code"] != 0 and not stopped:
             return worker
     return None
 
 
 def laggards(steps: dict[str, int], tolerance: float) -> str:
-    """Return who is more than ``tolerance`` steps behind the first of the workers, and how far.
+    """Return which worker is furthest behind the first one, by how many steps, and how many more
+    workers are behind; empty where all are within ``tolerance`` steps.
 
-    ``steps`` is the newest step of each worker.
+    ``steps`` has the last step of each worker.
     """
     ahead, *_ = steps.values()
     behind = {worker: ahead - step for worker, step in steps.items() if ahead - step > tolerance}
@@ -170,10 +174,10 @@ def laggards(steps: dict[str, int], tolerance: float) -> str:
     return f"{worker} is {behind[worker]} steps behind{others}"
 
 
-def verdict(record: dict[str, Any], log: Path) -> str:
-    """Return in one line what to say about a trainer that has failed."""
-    last_words = record["error"] or "".join(record["last_lines"][-1:]).strip()
-    return f"the trainer failed (exit code {record['exit_code']}): {last_words}. Its log: {log}"
+def failure_text(record: dict[str, Any], log: Path) -> str:
+    """Return one line about a trainer that has failed, from its exit.json."""
+    cause = record["error"] or "".join(record["last_lines"][-1:]).strip()
+    return f"the trainer failed (exit code {record['exit_code']}): {cause}. Log: {log}"
 
 
 class ActionModule(ActionBase):
@@ -198,18 +202,18 @@ class ActionModule(ActionBase):
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return when the trainer has ended; fail unless it succeeded."""
+        """Wait until the trainer has ended; fail unless it succeeded."""
         super().run(tmp, task_vars)
         self.args, self.task_vars = self._task.args, task_vars
         self.host = task_vars["inventory_hostname"]
         self.workers = Path(self.args["local_dir"]) / "workers"
         self.mirror = Mirror(self.workers / self.host)
-        self.shown = time.monotonic()
-        self.line = ""
+        self.last_display = time.monotonic()
+        self.last_line = ""
         state, error, output = self.follow()
         if not error and state and state["ended_with_engine"]:
-            error = "its Docker engine, or the whole worker, was restarted"
-        # The engine has the output also where the worker's disk had no room for the log.
+            error = "the worker, or its Docker engine, was restarted"
+        # The engine keeps the output even if the worker's disk was too full for the log.
         lines = screen_lines(output) or self.mirror.last_lines()
         record = exit_record(state, error, lines)
         replace(
@@ -222,48 +226,48 @@ class ActionModule(ActionBase):
             "changed": True,
             "failed": failed,
             "lost": state is None,
-            "msg": verdict(record, log) if failed else "the trainer has finished",
+            "msg": failure_text(record, log) if failed else "the trainer has finished",
         }
 
     def follow(self) -> tuple[dict[str, Any] | None, str, str]:
         """Poll until the trainer has ended.
 
-        Returns the engine's last state of the container, why the run ended if the engine cannot
-        know it, and what the engine kept of the output.
+        Returns the last ``state`` of trainer_state, None for a lost worker; the cause of the end if
+        the worker cannot know it, else empty; and the last output that the engine has kept.
         """
-        heard, stopping, controller = time.monotonic(), "", os.getppid()
+        answered, stopping, controller = time.monotonic(), "", os.getppid()
         while True:
             if os.getppid() != controller:
-                # ansible-playbook was killed, and this fork of it was not: left alone, it would go
-                # on renewing the lease of a run that nobody follows.
+                # ansible-playbook was killed and this fork was not: it would go on renewing the
+                # lease of a run that nobody follows.
                 os._exit(1)
-            look, trouble = self.look(renew_lease=not stopping)
-            state = look.get("state")
-            if trouble:
-                silence = time.monotonic() - heard
-                complaint = f"no answer for {clock(silence)}: {trouble}"
-                # A warning would be held back until the task ends.
-                display.display(f"{self.host}: {complaint}", color=C.COLOR_WARN)
+            inspection, error = self.inspect(renew_lease=not stopping)
+            state = inspection.get("state")
+            if error:
+                silence = time.monotonic() - answered
+                warning = f"no answer for {clock(silence)}: {error}"
+                # Ansible would hold back a warning until the task ends.
+                display.display(f"{self.host}: {warning}", color=C.COLOR_WARN)
                 if silence > self.args["lease_seconds"]:
-                    return None, complaint, ""
+                    return None, warning, ""
             elif not state or state["run_id"] != self.args["run_id"]:
-                return None, "its container, or its record, is gone", ""
+                return None, "the trainer's container, or the record of its process, is gone", ""
             else:
-                heard = time.monotonic()
-                grown = self.mirror.take(look["files"])
+                answered = time.monotonic()
+                grown = self.mirror.take(inspection["files"])
                 ended = exits(self.workers, self.args["since"])
-                self.show(ended)
+                self.show_progress(ended)
                 if not state["running"]:
                     if not grown:
-                        return state, stopping, look["output"]
+                        return state, stopping, inspection["output"]
                     continue
-                if not stopping and (culprit := failed_worker(ended, self.host)):
-                    stopping = f"{STOPPED} {culprit} failed"
+                if not stopping and (failed := failed_worker(ended, self.host)):
+                    stopping = f"{STOPPED} {failed} failed"
                     self.stop(state)
             time.sleep(self.args["poll_seconds"])
 
-    def look(self, renew_lease: bool) -> tuple[dict[str, Any], str]:
-        """Return what the worker says, or why it said nothing."""
+    def inspect(self, renew_lease: bool) -> tuple[dict[str, Any], str]:
+        """Return the result of trainer_state and no error, or an empty result and the error."""
         arguments = {
             "container": self.args["container"],
             "process_dir": self.args["process_dir"],
@@ -278,17 +282,16 @@ class ActionModule(ActionBase):
             answer = self._execute_module("trainer_state", arguments, task_vars=self.task_vars)
         except AnsibleConnectionFailure as error:
             return {}, f"SSH: {error}"
-        # Without an engine there may be a process, but no container.
+        # Without an engine the trainer can still run as a process (runtime=native).
         state = answer.get("state") or {}
         if answer.get("failed") or not (answer["engine"] or state.get("runtime") == "native"):
             return {}, str(answer.get("msg", "the Docker engine does not answer"))
         return answer, ""
 
     def stop(self, state: dict[str, Any]) -> None:
-        """Ask the trainer to end; the next looks tell when it has.
+        """Tell the trainer to end, without waiting until it has.
 
-        Where nobody hears it, the lease, which is not renewed any more, does the same a little
-        later.
+        On a worker that cannot be reached the lease, which is no longer renewed, ends the trainer.
         """
         if state["runtime"] == "native":
             module, arguments = "ansible.builtin.command", {"_raw_params": f"kill {state['pid']}"}
@@ -297,17 +300,17 @@ class ActionModule(ActionBase):
             arguments = {
                 "name": self.args["container"],
                 "state": "stopped",
-                # The supervisor needs its own grace before the engine loses patience.
+                # The supervisor must be able to end the trainer before the engine kills both.
                 "stop_timeout": self.args["stop_seconds"] + 10,
                 "comparisons": {"*": "ignore"},
             }
         with contextlib.suppress(AnsibleConnectionFailure):
             self._execute_module(module, arguments, task_vars=self.task_vars)
 
-    def show(self, ended: dict[str, dict[str, Any]]) -> None:
-        """Put a line on the screen when there is news, or when it has been quiet for long.
+    def show_progress(self, ended: dict[str, dict[str, Any]]) -> None:
+        """Display a line when it has changed, and otherwise every QUIET_SECONDS.
 
-        The first of the workers that have not ended speaks for all; ``ended`` are the others.
+        Only the first worker that has not ended displays it, for all; ``ended`` are the others.
         """
         running = [worker for worker in self.args["workers"] if worker not in ended]
         if running[:1] != [self.host]:
@@ -315,18 +318,20 @@ class ActionModule(ActionBase):
         steps = self.mirror.last_steps()
         if steps:
             line = progress(steps, self.mirror.max_steps() or self.args["max_steps"])
+            # Two followers may have polled up to two pauses apart.
+            tolerance = 1 + 2 * self.args["poll_seconds"] / max(steps[-1]["step_time_s"], 1e-3)
             newest = {
                 worker: last_steps(tail(self.workers / worker / "metrics.jsonl"))[-1:]
                 for worker in running
             }
-            # Two polls may have been up to two pauses apart.
-            tolerance = 1 + 2 * self.args["poll_seconds"] / max(steps[-1]["step_time_s"], 1e-3)
-            numbers = {worker: it[0]["step"] if it else -1 for worker, it in newest.items()}
+            numbers = {
+                worker: lines[0]["step"] if lines else -1 for worker, lines in newest.items()
+            }
             line = "   ".join(filter(None, [line, laggards(numbers, tolerance)]))
         else:
             line = (self.mirror.last_lines()[-1:] or ["starting"])[0].strip()[:100]
         now = time.monotonic()
-        if line != self.line or now - self.shown > QUIET_SECONDS:
+        if line != self.last_line or now - self.last_display > QUIET_SECONDS:
             passed = clock(time.time() - self.args["since"])
             display.display(f"{self.host}   {passed:>5}   {line}")
-            self.line, self.shown = line, now
+            self.last_line, self.last_display = line, now

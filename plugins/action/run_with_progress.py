@@ -1,4 +1,4 @@
-"""Run a long command on the worker and show, while it runs, that it moves."""
+"""Run a long command on the worker, and display its progress meanwhile."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
 
 SHOW_SECONDS = 10
 LONGEST_POLL_SECONDS = 2
 LAST_LINES = 20
+clock = filter_loader.get("clock").j2_function
 
 display = Display()
 
 
 def pack(root: Path, files: list[str], archive: Path) -> None:
-    """Write ``files`` of ``root`` into the tar ``archive``, owned by root and readable by all."""
+    """Write ``files``, relative to ``root``, into a tar file, owned by root and readable by all."""
 
     def ownerless(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
@@ -34,11 +36,6 @@ def pack(root: Path, files: list[str], archive: Path) -> None:
             tar.add(root / name, name, filter=ownerless)
 
 
-def clock(seconds: float) -> str:
-    """Return ``seconds`` as minutes and seconds, such as 2:05."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 class ActionModule(ActionBase):
     """The action ``run_with_progress``; its documentation is in plugins/modules."""
 
@@ -47,7 +44,7 @@ class ActionModule(ActionBase):
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Send the files, start the command, follow it to its end."""
+        """Send the files, start the command and wait until it ends."""
         result = super().run(tmp, task_vars)
         _, args = self.validate_argument_spec(
             {
@@ -71,15 +68,18 @@ class ActionModule(ActionBase):
             code = self._follow(directory, host)
             lines = self._shell_out(f"tail -n {LAST_LINES} {directory}/log") if code else ""
         finally:
-            # What the command made may be root's, so it goes with the rights that made it.
+            # The command's files may belong to root, so they are removed with the same privileges.
             self._low_level_execute_command(f"rm -rf {directory}")
         result |= {"changed": True, "rc": code}
         if code:
-            result |= {"failed": True, "msg": f"Exit code {code}. The last lines:\n{lines}"}
+            result |= {
+                "failed": True,
+                "msg": f"The command failed with exit code {code}. Its last lines:\n{lines}",
+            }
         return result
 
     def _send(self, directory: str, args: dict[str, Any]) -> None:
-        """Lay out ``files`` and ``private`` below ``directory``."""
+        """Copy ``files`` and ``private`` to directories of these names in ``directory``."""
         self._shell_out(f"mkdir -p -m 700 {directory}/files {directory}/private", sudoable=False)
         for name, content in args["private"].items():
             self._transfer_data(f"{directory}/private/{name}", content)
@@ -91,7 +91,7 @@ class ActionModule(ActionBase):
             self._shell_out(f"tar -xf {directory}/files.tar -C {directory}/files", sudoable=False)
 
     def _start(self, directory: str, command: str) -> None:
-        """Start ``command`` on its own: it survives a connection, or a playbook, that ends."""
+        """Start ``command`` in its own session, which outlives the connection and the playbook."""
         script = (
             f"echo $$ > {directory}/pid; cd {directory}; "
             f"{self._compute_environment_string()} /bin/sh -c {shlex.quote(command)}; "
@@ -104,27 +104,27 @@ class ActionModule(ActionBase):
         )
 
     def _follow(self, directory: str, host: str) -> int:
-        """Show the last line now and then until the command ends; return its exit code."""
-        started = shown = time.monotonic()
+        """Display the last line every SHOW_SECONDS until the command ends; return its exit code."""
+        started = last_display = time.monotonic()
         pause = 0.2
         while True:
-            # Whether it lives is asked first: it leaves its exit code before it dies.
+            # The process is checked before its exit code: it writes the code before it ends.
             state, _, line = self._shell_out(
-                f"kill -0 $(cat {directory}/pid) 2> /dev/null && alive=1; "
+                f"kill -0 $(cat {directory}/pid) 2> /dev/null && running=1; "
                 f"if [ -s {directory}/exit ]; then cat {directory}/exit; "
-                'elif [ "$alive" ]; then echo running; else echo gone; fi; '
+                'elif [ "$running" ]; then echo running; else echo gone; fi; '
                 f"tail -n 1 {directory}/log | head -c 100"
             ).partition("\n")
             if state == "gone":
                 raise AnsibleActionFail(
-                    "It ended without an exit code, as a command does that is killed. "
-                    f"Its last line: {line}"
+                    "The command ended without an exit code: it was killed, or the worker was "
+                    f"restarted. Its last line: {line}. Run the playbook again"
                 )
             if state != "running":
                 return int(state)
             now = time.monotonic()
-            if now - shown >= SHOW_SECONDS:
-                shown = now
+            if now - last_display >= SHOW_SECONDS:
+                last_display = now
                 display.display(f"  [{host}] {clock(now - started)}  {line.strip()}")
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
@@ -134,8 +134,8 @@ class ActionModule(ActionBase):
         ran = self._low_level_execute_command(command, sudoable=sudoable)
         if ran["rc"]:
             raise AnsibleActionFail(
-                f"The worker answered {(ran['stderr'] or ran['stdout']).strip() or ran['rc']!r} "
-                f"to: {command[:200]}"
+                f"A command failed on the worker: {command[:200]}: "
+                f"{(ran['stderr'] or ran['stdout']).strip() or ran['rc']}"
             )
-        # Over SSH a terminal may stand between, which ends lines in its own way.
+        # Over SSH, a terminal may end lines with \r\n.
         return ran["stdout"].replace("\r\n", "\n")

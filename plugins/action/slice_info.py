@@ -1,4 +1,4 @@
-"""Tell which TPU slices there are, how old they are, and what ails them."""
+"""List the TPU slices of a zone with their state, age, chip-hours and symptoms."""
 
 from __future__ import annotations
 
@@ -8,34 +8,33 @@ from typing import Any
 
 from ansible.plugins.action import ActionBase
 
-# Ansible loads a plugin by its path, and knows no module_utils but its own in an action.
+# See plugins/plugin_utils/__init__.py.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from plugins.module_utils.cloud_tpu import (
+from plugins.plugin_utils.cloud_tpu import (
     CloudTpu,
     CloudTpuError,
     Slice,
-    age_hours,
     from_environment,
     is_expired,
+    symptom_text,
+    symptoms,
+    usage,
 )
 
 
-def line(slice_: Slice) -> str:
-    """Return what there is to say of a slice: state, age, cost, and each worker's symptoms."""
-    hours = age_hours(slice_)
-    words = [
+def summary(slice_: Slice) -> str:
+    """Return one line about a slice: state, health, age, chip-hours and each worker's symptoms."""
+    parts = [
         f"{slice_['name']}: {slice_['accelerator_type']}, {slice_['state']}",
         slice_["health"].lower().replace("_", " ").replace("health unspecified", ""),
         slice_["health_description"],
         "spot" if slice_["spot"] else "",
-        f"{hours:.1f} hours old, {hours * slice_['chips']:.1f} chip-hours",
-        "has outlived its max_hours: slice.yml -e expired=true" if is_expired(slice_) else "",
+        usage([slice_]),
+        "is older than its max_hours: slice.yml -e expired=true" if is_expired(slice_) else "",
+        *symptoms(slice_),
     ]
-    words += [
-        f"worker {it['worker']} {it['type']} {it['details']}".strip() for it in slice_["symptoms"]
-    ]
-    return ", ".join(filter(None, words))
+    return ", ".join(filter(None, parts))
 
 
 class ActionModule(ActionBase):
@@ -48,23 +47,22 @@ class ActionModule(ActionBase):
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Return ``lines``, one a slice, and by the worker's host the ``symptoms``."""
+        """Return ``lines``, one for each slice, and ``symptoms``, a list for each worker's host."""
         super().run(tmp, task_vars)
         args = self._task.args
         try:
             slices = CloudTpu(args["project"], args["zone"], from_environment()).slices()
-        except CloudTpuError as problem:
-            return {"failed": True, "msg": str(problem)}
-        symptoms: dict[str, list[str]] = {}
-        for it in slices:
-            for symptom in it["symptoms"]:
-                words = [f"{symptom['type']} {symptom['details']}".strip(), symptom["time"]]
-                text = ", at ".join(filter(None, words))
-                symptoms.setdefault(f"{it['name']}-w{symptom['worker']}", []).append(text)
-            if it["state"] != "READY":
-                text = f"the slice is {it['state']} {it['health_description']}".strip()
-                text += ". Make it anew: ansible-playbook slice.yml -e state=present"
-                for worker in range(len(it["workers"])):
-                    symptoms.setdefault(f"{it['name']}-w{worker}", []).append(text)
-        lines = [line(it) for it in sorted(slices, key=lambda it: it["name"])]
-        return {"changed": False, "lines": lines, "symptoms": symptoms}
+        except CloudTpuError as error:
+            return {"failed": True, "msg": str(error)}
+        by_host: dict[str, list[str]] = {}
+        for slice_ in slices:
+            for symptom in slice_["symptoms"]:
+                text = ", at ".join(filter(None, [symptom_text(symptom), symptom["time"]]))
+                by_host.setdefault(f"{slice_['name']}-w{symptom['worker']}", []).append(text)
+            if slice_["state"] != "READY":
+                text = f"the slice is {slice_['state']} {slice_['health_description']}".strip()
+                text += ". Create it anew: ansible-playbook slice.yml -e state=present"
+                for worker in range(len(slice_["workers"])):
+                    by_host.setdefault(f"{slice_['name']}-w{worker}", []).append(text)
+        lines = [summary(slice_) for slice_ in sorted(slices, key=lambda slice_: slice_["name"])]
+        return {"changed": False, "lines": lines, "symptoms": by_host}

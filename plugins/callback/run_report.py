@@ -1,4 +1,4 @@
-"""The last thing on the screen: how fast the model trained, or what failed and what to do."""
+"""Display a run's report after the recap: its measurements, or what failed and the next step."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from ansible.plugins.callback import CallbackBase
 DOCUMENTATION = """
 name: run_report
 type: aggregate
-short_description: Shows the report of a run, or what failed, after the recap
+short_description: Displays the report of a run, or what failed, after the recap
 description:
   - >-
-    Reads report.json and the workers' exit.json in the directory that a play names with
-    ansible.builtin.set_stats as train_run_dir, and what the TPU's API says of each worker in
-    slice_symptoms.
+    Reads report.json and the workers' exit.json in the run's directory. A play gives this
+    directory as train_run_dir to ansible.builtin.set_stats, and the symptoms that the Cloud TPU
+    API reports of each worker as slice_symptoms.
 """
 
-# More workers than this no screen shows; the page does.
+# With more workers, their step times are only in report.html.
 MOST_WORKERS = 16
 UNKNOWN = "\N{EN DASH}"
 LAST_LINES = 12
-# What the operating system says of a full disk
+# The operating system's message about a full disk
 NO_SPACE = "No space left on device"
-REACH = (
-    "is it up, and at this address? ansible-playbook status.yml asks every worker. A trainer that "
-    "nobody reaches ends by itself with its lease"
+UNREACHABLE = (
+    "check that the worker is up and has this address (ansible-playbook status.yml asks every "
+    "worker). A trainer on a worker that cannot be reached ends with its lease"
 )
 
 Row = tuple[str, str]
 
 
 def results(report: dict[str, Any]) -> list[Row]:
-    """Return what the run has measured, as pairs of label and text."""
+    """Return the measurements of report.json as rows of label and text."""
     model, device = report.get("model") or {}, report.get("device") or {}
     step, loss, compiled = report["step_time_s"], report["loss"], report.get("compile") or {}
     experts, attention = report.get("experts") or {}, report.get("attention") or {}
@@ -70,7 +70,7 @@ def results(report: dict[str, Any]) -> list[Row]:
             if step["source"] != "host_clock"
             else []
         ),
-        *where_the_time_goes(report),
+        *optional_results(report),
         ("tokens/s per device", text(report.get("tokens_per_s_per_device"), ",.0f")),
         ("MFU", text(report.get("mfu"), ".1%")),
         ("loss", f"{text(loss['first'], '.3f')} → {text(loss['last'], '.3f')}"),
@@ -78,10 +78,10 @@ def results(report: dict[str, Any]) -> list[Row]:
         *(
             (
                 "evaluation",
-                f"loss {it['eval_loss']:.3f}, perplexity {it['perplexity']:,.1f}, "
-                f"after step {it['step']}",
+                f"loss {evaluation['eval_loss']:.3f}, perplexity {evaluation['perplexity']:,.1f}, "
+                f"after step {evaluation['step']}",
             )
-            for it in report["evaluations"][-1:]
+            for evaluation in report["evaluations"][-1:]
         ),
         (
             "compilations",
@@ -97,8 +97,8 @@ def results(report: dict[str, Any]) -> list[Row]:
     ]
 
 
-def where_the_time_goes(report: dict[str, Any]) -> list[Row]:
-    """Return what a step's time went into, and what else is only known of some runs."""
+def optional_results(report: dict[str, Any]) -> list[Row]:
+    """Return the measurements that only some runs have, the parts of a step's time first."""
     rows: list[Row] = []
     if split := report["split_s"]:
         whole = sum(filter(None, split.values()))
@@ -121,17 +121,19 @@ def where_the_time_goes(report: dict[str, Any]) -> list[Row]:
         )
     workers = report["workers"]
     if 1 < len(workers) <= MOST_WORKERS:
-        rows += [(f"  {it['host']}", f"{text(it['step_time_s'], '.3f')} s") for it in workers]
+        rows += [
+            (f"  {worker['host']}", f"{text(worker['step_time_s'], '.3f')} s") for worker in workers
+        ]
     return rows
 
 
 def text(value: Any, form: str = "") -> str:
-    """Return ``value`` in the format ``form``, a dash where there is none."""
+    """Return ``value`` in the format ``form``, and a dash for None."""
     return UNKNOWN if value is None else format(value, form)
 
 
 def what_happened(record: dict[str, Any]) -> str:
-    """Return in a few words how a worker's run ended, from its exit.json."""
+    """Return how a worker's run ended, from its exit.json."""
     if record["exit_code"] is None:
         end = "lost"
     elif record["oom_killed"]:
@@ -145,50 +147,56 @@ def what_happened(record: dict[str, Any]) -> str:
 
 
 def is_out_of_space(record: dict[str, Any]) -> bool:
-    """Tell from a trainer's last words whether its worker's disk was full."""
+    """Return whether the trainer's last lines report a full disk."""
     return any(NO_SPACE in line for line in record["last_lines"])
 
 
 def what_to_do(record: dict[str, Any]) -> str:
-    """Return the next step after a run that ended as exit.json says."""
+    """Return the next step for the user, from a worker's exit.json."""
     if record["exit_code"] is None:
-        return f"see what became of the worker: {REACH}"
+        return UNREACHABLE
     if is_out_of_space(record):
-        return "free disk on the worker: old runs are in ~/mixtral-trainer/runs"
-    if (record["error"] or "").startswith("its Docker engine"):
-        return "see why: journalctl --unit docker on the worker. Then: ansible-playbook train.yml"
+        return (
+            "free disk space on the worker: delete old runs from the directory runs of worker_dir"
+        )
+    if "Docker engine, was restarted" in (record["error"] or ""):
+        return (
+            "find the cause with journalctl --unit docker on the worker, then start the run again: "
+            "ansible-playbook train.yml"
+        )
     if record["oom_killed"]:
         return "take less memory: a smaller per_device_train_batch_size or block_size"
     if record["signal"] == "SIGKILL":
-        return "it was killed from outside; dmesg on the worker says if for want of memory"
+        return "find out what killed the trainer: dmesg on the worker lists what ran out of memory"
     if record["signal"] in ("SIGTERM", "SIGINT"):
-        return "it was asked to end; start it again: ansible-playbook train.yml"
-    return "read the trainer's last words below, and the whole log"
+        return "the trainer was told to end; start it again: ansible-playbook train.yml"
+    return "read the last lines of the trainer's log below, or the whole log"
 
 
-def said(symptoms: dict[str, list[str]], worker: str) -> list[Row]:
-    """Return what the TPU's API says of a worker."""
-    return [("the TPU says", text) for text in symptoms.get(worker, [])]
+def symptom_rows(symptoms: dict[str, list[str]], worker: str) -> list[Row]:
+    """Return a row for each symptom that the Cloud TPU API reports of a worker."""
+    return [("TPU symptom", symptom) for symptom in symptoms.get(worker, [])]
 
 
-def failures(run_dir: Path, shown: str, symptoms: dict[str, list[str]]) -> list[str]:
-    """Return what to say about the workers that did not succeed; ``shown`` is the run's directory.
+def failures(run_dir: Path, displayed: str, symptoms: dict[str, list[str]]) -> list[str]:
+    """Return the lines about the workers that did not succeed.
 
-    Those that failed by themselves come last, each with its log's last lines. ``symptoms`` are what
-    the TPU's API says of a worker.
+    Workers that were stopped because of another one come first. Each of the others follows with the
+    last lines of its log. ``displayed`` is the run's directory as users read it, and ``symptoms``
+    has those that the Cloud TPU API reports, by worker.
     """
     stopped, failed = [], []
     for path in sorted(run_dir.glob("workers/*/exit.json")):
         record, worker = json.loads(path.read_text(encoding="utf-8")), path.parent.name
         if (record["error"] or "").startswith("stopped, because"):
-            stopped += [(worker, record["error"]), *said(symptoms, worker)]
+            stopped += [(worker, record["error"]), *symptom_rows(symptoms, worker)]
         elif record["exit_code"] != 0:
             rows = [
                 ("worker", worker),
                 ("what happened", what_happened(record)),
-                *said(symptoms, worker),
+                *symptom_rows(symptoms, worker),
                 ("what to do", what_to_do(record)),
-                ("whole log", f"{shown}/workers/{worker}/trainer.log"),
+                ("whole log", f"{displayed}/workers/{worker}/trainer.log"),
             ]
             failed += ["", *table(rows)]
             failed += [f"  | {line}" for line in record["last_lines"][-LAST_LINES:]]
@@ -196,14 +204,14 @@ def failures(run_dir: Path, shown: str, symptoms: dict[str, list[str]]) -> list[
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Return the rows as lines, the texts one below the other."""
+    """Return the rows as lines with the texts in one column; a row may take several lines."""
     width = max(len(label) for label, _ in rows) + 2
     indent = "\n" + " " * (width + 2)
     return [f"  {label:{width}}{text.strip().replace(chr(10), indent)}" for label, text in rows]
 
 
 class CallbackModule(CallbackBase):
-    """Remembers what failed, and has the last word."""
+    """Collects failures, and displays the report or the failures at the end."""
 
     CALLBACK_VERSION = 2.0
     CALLBACK_TYPE = "aggregate"
@@ -215,16 +223,16 @@ class CallbackModule(CallbackBase):
         self.symptoms: dict[str, list[str]] = {}
 
     def v2_runner_on_failed(self, result: CallbackTaskResult, ignore_errors: bool = False) -> None:
-        """Remember the first failure of each worker."""
+        """Store the first failure of each worker."""
         if not ignore_errors:
-            self._remember(result)
+            self._store_failure(result)
 
     def v2_runner_on_unreachable(self, result: CallbackTaskResult) -> None:
-        """Remember a worker that could not be reached."""
-        self._remember(result, ("what to do", REACH))
+        """Store a worker that could not be reached."""
+        self._store_failure(result, ("what to do", UNREACHABLE))
 
     def v2_playbook_on_stats(self, stats: AggregateStats) -> None:
-        """Print the table."""
+        """Display the report of the run; without one, the failures."""
         custom = stats.custom.get("_run", {})
         run_dir, self.symptoms = custom.get("train_run_dir"), custom.get("slice_symptoms", {})
         report = Path(run_dir or ".") / "report.json"
@@ -233,14 +241,14 @@ class CallbackModule(CallbackBase):
         elif self.failed:
             self._display.banner("FAILED", color=C.COLOR_ERROR)
             for worker, rows in self.failed.items():
-                lines = [*table([*rows, *said(self.symptoms, worker)]), ""]
+                lines = [*table([*rows, *symptom_rows(self.symptoms, worker)]), ""]
                 self._display.display("\n".join(lines), color=C.COLOR_ERROR)
 
-    def _remember(self, result: CallbackTaskResult, *more: Row) -> None:
-        # A loop says only that something of it has failed; its items say what.
-        items = [it for it in result.result.get("results", []) if it.get("failed")]
+    def _store_failure(self, result: CallbackTaskResult, *more: Row) -> None:
+        # The result of a loop only says that an item has failed; the items' own results say why.
+        items = [item for item in result.result.get("results", []) if item.get("failed")]
         message = "\n".join(
-            str(it.get("msg", "no reason given")) for it in items or [result.result]
+            str(item.get("msg", "no reason given")) for item in items or [result.result]
         )
         rows = [
             ("worker", result.host.get_name()),
@@ -251,18 +259,18 @@ class CallbackModule(CallbackBase):
         self.failed.setdefault(result.host.get_name(), rows)
 
     def _show_run(self, run_dir: Path, report: dict[str, Any]) -> None:
-        here = run_dir.is_relative_to(Path.cwd())
-        shown = os.path.relpath(run_dir) if here else str(run_dir)
+        inside = run_dir.is_relative_to(Path.cwd())
+        displayed = os.path.relpath(run_dir) if inside else str(run_dir)
         color = C.COLOR_OK if report["status"] == "succeeded" else C.COLOR_ERROR
         self._display.banner(f"RUN {report['run_id']}: {report['status']}", color=color)
         measured = (report["loss"]["first"] or report["step_time_s"]["p50"]) is not None
-        rows = [*(results(report) if measured else []), ("artifacts", shown)]
+        rows = [*(results(report) if measured else []), ("artifacts", displayed)]
         if (run_dir / "report.html").exists():
-            rows.append(("report", f"{shown}/report.html"))
+            rows.append(("report", f"{displayed}/report.html"))
         self._display.display("\n".join(table(rows)))
-        lines = failures(run_dir, shown, self.symptoms)
-        # What failed before a trainer ran has left no record on the run's side.
+        lines = failures(run_dir, displayed, self.symptoms)
+        # A worker that failed before its trainer ran has no exit.json.
         for worker, rows in self.failed.items():
             if not (run_dir / "workers" / worker / "exit.json").exists():
-                lines += ["", *table([*rows, *said(self.symptoms, worker)])]
+                lines += ["", *table([*rows, *symptom_rows(self.symptoms, worker)])]
         self._display.display("\n".join(lines), color=color)

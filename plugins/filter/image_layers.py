@@ -1,4 +1,4 @@
-"""Which layers of an image need not travel."""
+"""Filter for the layers of an image that need not be sent, because every worker has them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ DOCUMENTATION = """
 name: held_layers
 short_description: the layers of an image that all workers have
 description:
-  - Returns the digests that may be missing in an archive of the image for these workers.
-  - An engine finds a layer of its own by the whole chain below it, so only the beginning that the
-    image shares with one of the worker's counts.
-  - An engine whose images are with containerd wants every archive complete. It has no layers of
-    its own in this sense.
+  - Returns the digests of the layers that an archive of the image may omit for these workers.
+  - An engine identifies a layer by all layers below it, so only layers that the image shares from
+    the bottom up with another image of the worker count.
+  - An engine that stores its images with containerd requires complete archives. For a worker with
+    such an engine no layer is omitted.
 positional: _input, workers
 options:
   _input:
@@ -23,7 +23,7 @@ options:
     elements: str
     required: true
   workers:
-    description: for each worker, what its engine says of each of its images
+    description: for each worker, the engine's descriptions of its images (C(docker image inspect))
     type: list
     elements: list
     required: true
@@ -44,8 +44,8 @@ Image = Mapping[str, Any]
 
 
 def shared(layers: list[str], image: Image) -> int:
-    """Return how many of ``layers``, counted from the bottom, the engine has with ``image``."""
-    # containerd's snapshotter is called overlayfs.
+    """Return how many of ``layers``, counted from the bottom, ``image`` has, too."""
+    # With containerd the driver is called overlayfs.
     if (image.get("GraphDriver") or {}).get("Name") != "overlay2":
         return 0
     pairs = zip(layers, image["RootFS"].get("Layers") or [], strict=False)
@@ -53,9 +53,9 @@ def shared(layers: list[str], image: Image) -> int:
 
 
 def held_layers(layers: list[str], workers: Iterable[Iterable[Image]]) -> list[str]:
-    """Return those of ``layers`` that every worker has."""
-    count = min(max((shared(layers, it) for it in images), default=0) for images in workers)
-    # The same layer can stand in an image twice, and further up it may be wanted.
+    """Return the digests of ``layers`` that every worker has; see DOCUMENTATION."""
+    count = min(max((shared(layers, image) for image in images), default=0) for images in workers)
+    # An image can have the same layer twice, of which the upper one may be needed.
     return [layer for layer in layers[:count] if layer not in layers[count:]]
 
 

@@ -1,4 +1,4 @@
-"""Filters that turn variables into what the trainer is started with."""
+"""Filters that turn variables into the trainer's arguments and files."""
 
 import difflib
 from pathlib import Path
@@ -10,8 +10,8 @@ from ansible.errors import AnsibleFilterError
 def command_line(flags: dict[str, Any]) -> list[str]:
     """Return ``flags`` as an argument list.
 
-    True becomes a bare ``--flag``; False, None and the empty string are left out, because each of
-    them is what the trainer assumes of a flag that it is not given.
+    True becomes ``--flag`` without a value. False, None and the empty string are left out, because
+    each is what the trainer assumes without the flag.
     """
     argv = []
     for name, value in flags.items():
@@ -23,22 +23,24 @@ def command_line(flags: dict[str, Any]) -> list[str]:
 
 
 def preset_file(name: str, directory: str) -> str:
-    """Return the absolute path of the JSON file that ``name`` means.
+    """Return the absolute path of a JSON file: a user's own, or a preset in ``directory``.
 
-    ``name`` is a file (anything with a slash or ending in .json; relative to where ansible-playbook
-    was started) or a preset in ``directory``. Raises AnsibleFilterError when there is no such file.
+    A ``name`` with a slash or with the ending .json is a path, relative to the directory in which
+    ansible-playbook was started. Raises AnsibleFilterError if there is no such file.
     """
     if "/" in name or name.endswith(".json"):
         path = Path(name).expanduser().absolute()
         if not path.is_file():
-            raise AnsibleFilterError(f"{name!r}: there is no file {path}")
+            raise AnsibleFilterError(
+                f"{name!r}: there is no file {path}. Correct the path, or give the name of a preset"
+            )
         return str(path)
     presets = {path.stem: path for path in sorted(Path(directory).resolve().glob("mixtral-*.json"))}
     if name not in presets:
         close = difflib.get_close_matches(name, presets, 1)
         raise AnsibleFilterError(
             f"{name!r} is no preset. {f'Did you mean {close[0]}? ' if close else ''}"
-            f"Presets: {', '.join(presets)}. For a file of your own, give its path."
+            f"The presets are {', '.join(presets)}; a file of your own is given by its path."
         )
     return str(presets[name])
 

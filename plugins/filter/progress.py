@@ -1,25 +1,29 @@
-"""Filters that say how far a training run is, from what its trainer writes."""
+"""Filters that describe the progress of a training run from the files that the trainer writes."""
 
 import json
 import statistics
 from typing import Any
 
-# What is left is told from so many steps.
+# The remaining time is estimated from so many steps.
 RECENT_STEPS = 20
 
 
 def last_steps(metrics: str) -> list[dict[str, Any]]:
-    """Return the newest whole lines of the end of a metrics.jsonl, whose first may be cut."""
+    """Return the last complete lines of ``metrics``, the end of a metrics.jsonl, as dictionaries.
+
+    The first and the last line of ``metrics`` may be incomplete, and are then left out.
+    """
     lines = metrics.split("\n")[:-1]
     return [json.loads(line) for line in lines[-RECENT_STEPS:] if line.startswith("{")]
 
 
 def progress(steps: list[dict[str, Any]], max_steps: int | None) -> str:
-    """Return the line that says how far the training is.
+    """Return one line about the last of ``steps``: its number, loss, time and tokens a second.
 
-    ``steps`` are the newest lines of metrics.jsonl; what is left takes as long as their median.
+    With ``max_steps`` the line has the remaining time, too, by the median time of ``steps``, which
+    are lines of metrics.jsonl.
     """
-    step, typical = steps[-1], statistics.median(it["step_time_s"] for it in steps)
+    step, typical = steps[-1], statistics.median(each["step_time_s"] for each in steps)
     count, loss = step["step"] + 1, step["loss"]
     parts = [
         f"step {count:>{len(str(max_steps))}} of {max_steps}" if max_steps else f"step {count}",
@@ -33,7 +37,7 @@ def progress(steps: list[dict[str, Any]], max_steps: int | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as minutes and seconds, from an hour on with the hours."""
+    """Return a duration as minutes and seconds, such as 2:05, and with hours, such as 1:02:05."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

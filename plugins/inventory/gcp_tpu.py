@@ -1,4 +1,4 @@
-"""Ansible inventory of Cloud TPU slices: one host a worker, in worker order."""
+"""Ansible inventory of Cloud TPU slices: one host for each worker, in worker order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructa
 from ansible.utils.vars import load_extra_vars
 
 ROOT = Path(__file__).resolve().parents[2]
-# Ansible loads a plugin by its path, and knows no module_utils but its own in a plugin.
+# See plugins/plugin_utils/__init__.py.
 sys.path.append(str(ROOT))
 
 DOCUMENTATION = r"""
@@ -24,9 +24,9 @@ short_description: Workers of Cloud TPU slices
 description:
   - >-
     Reads slices from the Cloud TPU API (version 2). Each network endpoint of a slice is a host,
-    C(<slice>-w<number>), in the group C(tpu_workers), in worker order. There is also a group for
-    every slice and every queued resource, with the letters that a group may have, and the group
-    C(tpu_worker0) of the first workers.
+    C(<slice>-w<number>), in the group C(tpu_workers), in worker order. Each slice and each queued
+    resource is a group, with every character that no group name may have replaced by an
+    underscore. The group C(tpu_worker0) has the first worker of each slice.
   - >-
     Host variables are C(tpu_worker_id), C(tpu_slice_id), C(tpu_accelerator_type), C(tpu_topology),
     C(tpu_chips) (of the whole slice), C(tpu_state), C(tpu_health), C(tpu_health_description),
@@ -34,14 +34,14 @@ description:
     C(tpu_labels), C(tpu_runtime_version), C(tpu_created), C(tpu_internal_ip), C(tpu_external_ip),
     C(tpu_host_key_alias), C(tpu_instance) (with O(iap)) and C(ansible_host).
   - >-
-    C(ansible_host) is the external address, or the internal one where there is no other. Addresses
-    change, and belong to another machine then, so a worker's SSH host key is kept under
-    C(tpu_host_key_alias), which no two workers ever share, in C(tpu_known_hosts).
-  - What the API says is data. No template in a name, label or description is ever evaluated.
+    C(ansible_host) is the external address, or the internal one of a worker without an external
+    one. An address may later belong to another machine, so a worker's SSH host key is stored in
+    C(tpu_known_hosts) under C(tpu_host_key_alias), which is unique to the worker.
+  - A template in a name, label or description from the API is never evaluated.
   - >-
-    Slices in another state than O(states) are left out, and named with their state. It is an error
-    when nothing is left, unless C(-e state=) or C(-e expired=) say that one is being made or
-    deleted.
+    Slices in another state than O(states) are left out, and a warning names them. An inventory
+    without any slice is an error, except for a playbook with C(-e state=) or C(-e expired=), which
+    creates or deletes slices.
 author: mixtral-tpu contributors
 requirements:
   - google-cloud-tpu
@@ -50,11 +50,11 @@ extends_documentation_fragment:
   - inventory_cache
 options:
   plugin:
-    description: That this file is meant for the plugin.
+    description: Marks the file as one for this plugin.
     required: true
     choices: [gcp_tpu]
   projects:
-    description: Ids of the projects.
+    description: IDs of the projects.
     type: list
     elements: str
     env:
@@ -77,14 +77,14 @@ options:
       - name: TPU_NAME
   filters:
     description: >-
-      Jinja2 conditions on a host's variables. A host that one does not hold for is left out.
+      Jinja2 conditions on a host's variables. A host for which one of them is false is left out.
     type: list
     elements: str
     default: []
   states:
     description: >-
-      States of the slices that are wanted. C(TPU_STATES=READY,PREEMPTED) in the environment lets
-      C(reset.yml) reach what is left of a preempted slice.
+      States of the slices to include. C(TPU_STATES=READY,PREEMPTED) in the environment lets
+      C(reset.yml) reach the remaining workers of a preempted slice.
     type: list
     elements: str
     default: [READY]
@@ -92,13 +92,13 @@ options:
       - name: TPU_STATES
   known_hosts:
     description: >-
-      The file for the workers' SSH host keys. Its directory is made. By default
-      C(.cache/gcp/known_hosts) in the project.
+      The file for the workers' SSH host keys. Its directory is created. By default
+      C(.cache/gcp/known_hosts) in the project's directory.
     type: path
   iap:
     description: >-
-      Ask the API for the machines' names, in C(tpu_instance), where they have no external
-      address. The Identity-Aware Proxy needs them.
+      Ask the API for the names of virtual machines without an external address, for
+      C(tpu_instance). The Identity-Aware Proxy needs these names.
     type: bool
     default: false
     env:
@@ -106,7 +106,7 @@ options:
   auth_kind:
     description: >-
       How to log in. V(application) means application default credentials; V(anonymous) is for an
-      API on this machine, at O(api_endpoint).
+      O(api_endpoint) on this machine.
     type: str
     default: application
     choices: [accesstoken, anonymous, application, machineaccount, serviceaccount]
@@ -118,7 +118,7 @@ options:
     env:
       - name: GCP_SERVICE_ACCOUNT_FILE
   service_account_contents:
-    description: The contents of such a file instead, as text or dictionary.
+    description: The contents of a service account's key, as text or dictionary.
     type: raw
     env:
       - name: GCP_SERVICE_ACCOUNT_CONTENTS
@@ -140,7 +140,7 @@ options:
       - name: GCP_SCOPES
   api_endpoint:
     description: >-
-      The API's address, with C(https://). With C(http://) it has to be on this machine.
+      The API's address, with C(https://). An address with C(http://) has to be on this machine.
     type: str
     default: https://tpu.googleapis.com
     env:
@@ -148,8 +148,8 @@ options:
 """
 
 EXAMPLES = r"""
-# team.gcp_tpu.yml: all slices of a team, in two zones. Where projects, zones or names are left out
-# they come from PROJECT, ZONE and TPU_NAME.
+# team.gcp_tpu.yml: all slices of a team, in two zones. The default of projects, zones and names is
+# the environment's PROJECT, ZONE and TPU_NAME.
 plugin: gcp_tpu
 projects: [my-project]
 zones: [us-east5-a, europe-west4-b]
@@ -161,7 +161,7 @@ keyed_groups:
 strict: true
 """
 
-# What a group of a slice must not be called
+# Names that the group of a slice must not have
 RESERVED = ("all", "ungrouped", "tpu_workers", "tpu_worker0")
 AUTH = (
     "auth_kind",
@@ -175,13 +175,13 @@ AUTH = (
 
 
 def group_name(name: str) -> str:
-    """Return the group of a slice or queued resource: my-tpu is my_tpu."""
+    """Return the name of a slice's or queued resource's group, such as my_tpu for my-tpu."""
     safe = to_safe_group_name(name, force=True, silent=True)
     return f"slice_{safe}" if safe in RESERVED else safe
 
 
 def host_variables(slice_: dict[str, Any], worker: int) -> dict[str, Any]:
-    """Return what is known of a worker of a slice, under the names of the documentation."""
+    """Return the host variables of a worker, under the names of the documentation."""
     address = slice_["workers"][worker]
     variables = {
         "ansible_host": address["external"] or address["internal"],
@@ -190,11 +190,13 @@ def host_variables(slice_: dict[str, Any], worker: int) -> dict[str, Any]:
         "tpu_external_ip": address["external"],
         "tpu_internal_ip": address["internal"],
         "tpu_queued_resource": slice_["request"],
-        # A slice that is made anew has the same name, and another id.
+        # A slice that is created anew has the same name and another id.
         "tpu_host_key_alias": (
             f"{slice_['name']}-w{worker}.{slice_['zone']}.{slice_['project']}.{slice_['id']}"
         ),
-        "tpu_symptoms": [it for it in slice_["symptoms"] if it["worker"] in ("", str(worker))],
+        "tpu_symptoms": [
+            symptom for symptom in slice_["symptoms"] if symptom["worker"] in ("", str(worker))
+        ],
     }
     same = (
         "accelerator_type", "topology", "chips", "state", "health", "health_description",
@@ -212,94 +214,103 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
     NAME = "gcp_tpu"
 
     def verify_file(self, path: str) -> bool:
-        """Tell whether a file is one for this plugin."""
+        """Return whether a file is one for this plugin."""
         return super().verify_file(path) and path.endswith(("gcp_tpu.yml", "gcp_tpu.yaml"))
 
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
-        """Read the slices, from the cache where there is one, and add their workers."""
+        """Read the slices from the cache or the API, and add their workers to the inventory."""
         super().parse(inventory, loader, path)
         self._read_config_data(path)
         for option, variable in (("projects", "PROJECT"), ("zones", "ZONE")):
             if not any(self.get_option(option) or []):
                 raise AnsibleParserError(
-                    f"{path}: which {option}? export {variable}=…, or set {option} in the file"
+                    f"{path} gives no {option}: export {variable}=…, or set {option} in the file"
                 )
         self._add(self._wanted(self._slices(path, cache), loader))
 
     def _slices(self, path: str, cache: bool) -> list[dict[str, Any]]:
-        """Return all slices of all projects and zones, as the API or the cache has them."""
+        """Return all slices of all projects and zones, from the cache or the API."""
         places = [
             (project, zone)
             for project in self.get_option("projects")
             for zone in self.get_option("zones")
         ]
-        # Another zone in the environment is another question.
+        # Projects, zones and iap may come from the environment, so the file alone is no key.
         iap = self.get_option("iap")
-        key = f"{self.get_cache_key(path)}_{'_'.join('_'.join(it) for it in places)}_{int(iap)}"
+        names = "_".join("_".join(place) for place in places)
+        key = f"{self.get_cache_key(path)}_{names}_{int(iap)}"
         use = self.get_option("cache") and cache
         if use:
             with contextlib.suppress(KeyError):
                 return self._cache[key]
-        # Google's client takes half a second to load, and with a cache nobody needs it.
-        from plugins.module_utils.cloud_tpu import CloudTpu, CloudTpuError
+        # Google's client takes half a second to load, which a filled cache saves.
+        from plugins.plugin_utils.cloud_tpu import CloudTpu, CloudTpuError
 
         options = {name: self.get_option(name) for name in AUTH}
         slices = []
         try:
             for project, zone in places:
                 cloud = CloudTpu(project, zone, options)
-                for found in cloud.slices():
+                for slice_ in cloud.slices():
                     if (
                         iap
-                        and self._is_named(found)
-                        and not all(it["external"] for it in found["workers"])
+                        and self._is_named(slice_)
+                        and not all(worker["external"] for worker in slice_["workers"])
                     ):
-                        names = cloud.instances(found)
-                        for worker, name in zip(found["workers"], names, strict=False):
+                        instances = cloud.instances(slice_)
+                        for worker, name in zip(slice_["workers"], instances, strict=False):
                             worker["instance"] = name
-                    # A user's key or script is nobody's inventory.
-                    del found["metadata"]
-                    slices.append(found)
-        except CloudTpuError as problem:
-            raise AnsibleParserError(str(problem)) from problem
+                    # The metadata may hold a user's keys and scripts: keep them out of the cache.
+                    del slice_["metadata"]
+                    slices.append(slice_)
+        except CloudTpuError as error:
+            raise AnsibleParserError(str(error)) from error
         if self.get_option("cache"):
             self._cache[key] = slices
         return slices
 
     def _is_named(self, slice_: dict[str, Any]) -> bool:
-        patterns = [it for it in self.get_option("names") if it]
+        patterns = [pattern for pattern in self.get_option("names") if pattern]
         names = [name for name in (slice_["name"], slice_["request"]) if name]
         return not patterns or any(
             fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns
         )
 
     def _wanted(self, slices: list[dict[str, Any]], loader: Any) -> list[dict[str, Any]]:
-        """Return the slices that were asked for, and name those in another state."""
-        named = [it for it in slices if self._is_named(it)]
-        states = {it.strip().upper() for it in self.get_option("states")}
-        wanted = [it for it in named if it["state"] in states and it["workers"]]
+        """Return the slices with a wanted name and state, and warn of those in another state.
+
+        Raises AnsibleParserError if there is none and the playbook does not create or delete any.
+        """
+        named = [slice_ for slice_ in slices if self._is_named(slice_)]
+        states = {state.strip().upper() for state in self.get_option("states")}
+        wanted = [slice_ for slice_ in named if slice_["state"] in states and slice_["workers"]]
         others = [
-            f"{it['name']} is {it['state']}"
-            + (f" ({text})" if (text := it["health_description"]) else "")
-            for it in named
-            if it not in wanted
+            f"{slice_['name']} is {slice_['state']}"
+            + (f" ({text})" if (text := slice_["health_description"]) else "")
+            for slice_ in named
+            if slice_ not in wanted
         ]
-        where = f"{', '.join(self.get_option('zones'))} of {', '.join(self.get_option('projects'))}"
         if others:
-            said = (
-                f"{'; '.join(others)}: left out, because only {', '.join(sorted(states))} is wanted"
+            message = (
+                f"{'; '.join(others)}: left out of the inventory, which includes the state "
+                f"{', '.join(sorted(states))}. Wait for the slice or create it anew: "
+                "ansible-playbook slice.yml -e state=present; or include other states: "
+                "export TPU_STATES=…"
             )
         else:
-            names = ", ".join(it for it in self.get_option("names") if it)
-            there = ", ".join(sorted(it["name"] for it in slices)) or "none"
-            said = (
-                f"there is no TPU slice {names + ' ' if names else ''}in {where} (there: {there}). "
-                "Make it: ansible-playbook slice.yml -e state=present"
+            names = ", ".join(name for name in self.get_option("names") if name)
+            zones = ", ".join(self.get_option("zones"))
+            projects = ", ".join(self.get_option("projects"))
+            existing = ", ".join(sorted(slice_["name"] for slice_ in slices)) or "none"
+            message = (
+                f"there is no TPU slice {names + ' ' if names else ''}in {zones} of {projects} "
+                f"(existing slices: {existing}). "
+                "Create it: ansible-playbook slice.yml -e state=present"
             )
         if not wanted and not {"state", "expired"} & load_extra_vars(loader).keys():
-            raise AnsibleParserError(said)
+            raise AnsibleParserError(message)
         if others or not wanted:
-            self.display.warning(said)
+            self.display.warning(message)
         for slice_ in wanted:
             if slice_["health"] not in ("HEALTHY", "HEALTH_UNSPECIFIED"):
                 self.display.warning(
@@ -308,7 +319,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         return wanted
 
     def _hosts(self, slices: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for slice_ in sorted(slices, key=lambda it: (it["request"], it["name"])):
+        for slice_ in sorted(slices, key=lambda slice_: (slice_["request"], slice_["name"])):
             for worker in range(len(slice_["workers"])):
                 yield f"{slice_['name']}-w{worker}", host_variables(slice_, worker)
 
@@ -323,10 +334,13 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             ):
                 continue
             if name in self.inventory.hosts:
-                other = self.inventory.hosts[name].vars.get("tpu_host_key_alias", "another file")
+                other = self.inventory.hosts[name].vars.get(
+                    "tpu_host_key_alias", "one of another file"
+                )
                 raise AnsibleParserError(
-                    f"{name} is in {other} and in {variables['tpu_host_key_alias']}: two workers "
-                    "would have the same name. Choose with projects, zones or names"
+                    f"{name} is the name of two workers, {other} and "
+                    f"{variables['tpu_host_key_alias']}. Exclude one of them with the options "
+                    "projects, zones or names"
                 )
             groups = [group_name(variables["tpu_slice_id"]), "tpu_workers"]
             if not variables["tpu_worker_id"]:
@@ -348,5 +362,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             return bool(self._compose(condition, variables | {"inventory_hostname": name}))
         except AnsibleError as error:
             if self.get_option("strict"):
-                raise AnsibleParserError(f"filter {condition!r} for {name}: {error}") from error
+                raise AnsibleParserError(
+                    f"the filter {condition!r} cannot be evaluated for {name}: {error}"
+                ) from error
             return False

@@ -1,4 +1,4 @@
-"""What an image is built from: the files, and one hash over all of them."""
+"""Lookup for the files that an image is built from, with one hash of all of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DOCUMENTATION = """
 name: build_context
 short_description: the files that an image is built from, and their hash
 description:
-  - Lists the files below some paths of the controller. What Python compiled is left out, and so
-    are hidden files.
-  - The hash covers every file's name, content and executable bit, and nothing else, so that it is
-    the same on every controller that has the same files.
+  - Lists the files below some paths of the controller, without hidden files and without those that
+    Python has compiled.
+  - The hash covers nothing but every file's name, content and executable bit, so it is the same on
+    every controller that has the same files.
 options:
   _terms:
     description: files and directories, relative to O(root)
@@ -24,7 +24,7 @@ options:
     elements: str
     required: true
   root:
-    description: the directory that names are relative to
+    description: the directory that paths are relative to
     type: path
     required: true
 """
@@ -45,13 +45,17 @@ _list:
 
 
 def list_files(root: Path, paths: list[str]) -> list[str]:
-    """Return the files at and below ``paths``, relative to ``root``, sorted."""
+    """Return the files at and below ``paths``, relative to ``root``, sorted.
+
+    Raises AnsibleLookupError for a path that does not exist.
+    """
     found = set()
     for path in paths:
         start = root / path
         if not start.exists():
             raise AnsibleLookupError(
-                f"{path} is not in {root}: the image cannot be built without it"
+                f"{path} is missing in {root}, and the image is built from it. Restore it: "
+                f"git checkout -- {path}"
             )
         for file in [start] if start.is_file() else start.rglob("*"):
             parts = file.relative_to(root).parts
@@ -62,7 +66,7 @@ def list_files(root: Path, paths: list[str]) -> list[str]:
 
 
 def hash_files(root: Path, files: list[str]) -> str:
-    """Return one SHA-256 over names, contents and executable bits of ``files``."""
+    """Return one SHA-256 of the names, contents and executable bits of ``files``."""
     digest = hashlib.sha256()
     for name in files:
         file = root / name

@@ -1,4 +1,4 @@
-"""The token for the Hugging Face hub, from the first place that has one."""
+"""Lookup for the Hugging Face hub's token, from the first source that has one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ DOCUMENTATION = """
 name: hub_token
 short_description: the token for the Hugging Face hub
 description:
-  - Takes the first that is there of a variable's value, a file, and the controller's C(HF_TOKEN).
-  - Refuses what cannot be a token, and one that stands on the command line of C(ansible-playbook),
-    where every user of the controller sees it.
+  - The sources are a variable, a file, and the controller's environment variable C(HF_TOKEN), in
+    this order.
+  - Fails for a text that cannot be a token, and for a token on the command line of
+    C(ansible-playbook), where every user of the controller can read it.
 options:
   _terms:
     description: none
@@ -28,7 +29,7 @@ options:
     type: str
     default: ""
   file:
-    description: path on the controller of a file that holds the token, which may be a vault
+    description: path on the controller of a file with the token, which may be an Ansible vault
     type: str
     default: ""
 """
@@ -40,18 +41,18 @@ _list:
   elements: dict
   contains:
     value:
-      description: the token; empty where there is none
+      description: the token; empty if no source has one
       type: str
     source:
-      description: where it was
+      description: where the token was found
       type: str
 """
 
 
 def find(variable: str, file: str, loader: DataLoader) -> tuple[str, str]:
-    """Return the token and where it was found, two empty strings where there is none.
+    """Return the token and where it was found, two empty strings if there is none.
 
-    Raises AnsibleLookupError where there is no ``file``.
+    Raises AnsibleLookupError if ``file`` is given and does not exist.
     """
     if variable:
         return variable, "the variable hf_token"
@@ -59,8 +60,8 @@ def find(variable: str, file: str, loader: DataLoader) -> tuple[str, str]:
         path = Path(file).expanduser().absolute()
         if not path.is_file():
             raise AnsibleLookupError(
-                f"hf_token_file is {file!r}, but on the controller there is no file {path}. Put "
-                "the token there, or leave the variable out to go without"
+                f"hf_token_file is {file!r}, but on the controller there is no file {path}. Store "
+                "the token there, or leave hf_token_file out to go on without a token"
             )
         return loader.get_text_file_contents(str(path)), f"the file {path}"
     if value := os.environ.get("HF_TOKEN"):
@@ -69,27 +70,27 @@ def find(variable: str, file: str, loader: DataLoader) -> tuple[str, str]:
 
 
 def cleaned(token: str, source: str, command_line: Iterable[str]) -> str:
-    """Return the token without the white space around it.
+    """Return the token without surrounding white space.
 
-    ``command_line`` are the values of ``-e``. Raises AnsibleLookupError, in words that do not hold
-    the token, if it is none.
+    ``command_line`` has the values of ``-e``. Raises AnsibleLookupError, with a message that does
+    not contain the token, for a text that cannot be a token and for one on the command line.
     """
     token = token.strip()
     where = f"The Hugging Face token in {source}"
-    again = "Copy it anew from the page settings/tokens of the hub"
+    again = "Copy the token again from the page settings/tokens of the hub"
     if not token:
-        raise AnsibleLookupError(f"{where} is empty. {again}, or leave it out to go without")
+        raise AnsibleLookupError(f"{where} is empty. {again}, or go on without a token")
     if any(character.isspace() for character in token):
-        raise AnsibleLookupError(f"{where} has white space in it; a token is one word. {again}")
+        raise AnsibleLookupError(f"{where} has white space in it; allowed is one word. {again}")
     if not (token.isascii() and token.isprintable()):
         raise AnsibleLookupError(
-            f"{where} has characters in it that no token has; allowed is printable ASCII. {again}"
+            f"{where} has characters that no token has; allowed is printable ASCII. {again}"
         )
     if any(token in words for words in command_line if not words.startswith("@")):
         raise AnsibleLookupError(
-            f"{where} stands on the command line, where every user of this machine can read it. "
-            "Revoke it, make another one, and give that in HF_TOKEN, with hf_token_file, or in a "
-            "file of variables encrypted by ansible-vault (-e @FILE)"
+            f"{where} is on the command line, where every user of this machine can read it. Revoke "
+            "the token, create another one, and give that in the environment variable HF_TOKEN, "
+            "with hf_token_file, or in a file of variables encrypted by ansible-vault (-e @FILE)"
         )
     return token
 

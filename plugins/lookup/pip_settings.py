@@ -1,4 +1,4 @@
-"""How the controller's pip reaches its index, in a form that holds inside an image build."""
+"""Lookup for the settings of the controller's pip, in a form that works inside an image build."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ansible.plugins.lookup import LookupBase
 
 DOCUMENTATION = """
 name: pip_settings
-short_description: the controller's way to its package index, for an image build
+short_description: the settings by which the controller's pip reaches its package index
 description:
-  - Reads C(pip config list), so configuration files and C(PIP_*) variables alike.
-  - Keeps what says where packages are and how to get there. A local directory or a C(file://) index
-    does not exist inside a build and is left out.
-  - The result can hold an index's password. Pass it on as a build secret.
+  - Reads C(pip config list), which has both the configuration files and the C(PIP_*) variables.
+  - Returns the settings for the addresses of packages and for the network. A local directory and a
+    C(file://) index are left out, because they do not exist inside a build.
+  - The result can contain an index's password, so it has to be a secret of the build.
 options:
   _terms:
     description: none
     type: list
   ca_path:
-    description: where the build finds the certificate bundle
+    description: path of the certificate bundle inside the build
     type: str
     required: true
 """
@@ -41,19 +41,19 @@ _list:
       description: the text of a C(pip.conf)
       type: str
     ca:
-      description: the certificates that pip, or else this machine, trusts; empty where none are
+      description: the certificates that pip, or else this machine, trusts; empty if there are none
       type: str
 """
 
 ADDRESSES = ("index-url", "extra-index-url", "find-links")
 WORDS = ("trusted-host", "proxy", "timeout", "default-timeout", "retries")
-# Sections that hold for `pip install`, the weakest first.
+# Sections that apply to `pip install`; a later one overrides an earlier one.
 SECTIONS = ("global", "install", ":env:")
 SYSTEM_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def parse(listing: str) -> dict[str, str]:
-    """Return the settings that hold for ``pip install`` from the output of ``pip config list``."""
+    """Return the settings that apply to ``pip install``, from the output of ``pip config list``."""
     sections: dict[str, dict[str, str]] = {name: {} for name in SECTIONS}
     for line in listing.splitlines():
         name, _, value = line.partition("=")
@@ -64,7 +64,7 @@ def parse(listing: str) -> dict[str, str]:
 
 
 def portable(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return what of ``settings`` means the same on another machine."""
+    """Return the ``settings`` that are valid on another machine, too."""
     kept = {}
     for key in ADDRESSES:
         addresses = settings.get(key, "").split()
@@ -79,7 +79,11 @@ def portable(settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def certificates(settings: Mapping[str, str], environment: Mapping[str, str]) -> str:
-    """Return the bundle that pip is told to use, else the one this machine trusts, else nothing."""
+    """Return the certificate bundle that pip's ``settings`` or the ``environment`` name, else the
+    system's, else an empty text.
+
+    Raises AnsibleLookupError if a bundle that is named cannot be read.
+    """
     named = [settings.get("cert")]
     named += [environment.get(name) for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")]
     for path in filter(None, named):
@@ -87,8 +91,8 @@ def certificates(settings: Mapping[str, str], environment: Mapping[str, str]) ->
             return Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise AnsibleLookupError(
-                f"cannot read the certificate bundle {path}: {error.strerror}. pip's settings, "
-                "SSL_CERT_FILE or REQUESTS_CA_BUNDLE name it: correct them"
+                f"cannot read the certificate bundle {path}: {error.strerror}. Correct its path in "
+                "pip's setting cert, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
             ) from error
     system = Path(SYSTEM_BUNDLE)
     return system.read_text(encoding="utf-8") if system.is_file() else ""
@@ -104,7 +108,10 @@ class LookupModule(LookupBase):
             [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
         )
         if listing.returncode:
-            raise AnsibleLookupError(f"pip config list failed: {listing.stderr.strip()}")
+            raise AnsibleLookupError(
+                f"pip config list failed: {listing.stderr.strip()}. "
+                "Correct pip's configuration files"
+            )
         settings = parse(listing.stdout)
         ca = certificates(settings, os.environ)
         lines = [f"{key} = {value}" for key, value in portable(settings).items()]

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: which processes of a worker hold its accelerator."""
+"""Ansible module: lists the processes that hold a worker's accelerator."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
 module: accelerator_users
-short_description: Which processes hold the accelerator
+short_description: Lists the processes that hold the accelerator
 description:
   - >-
-    Looks through the open files of all processes, as C(fuser) does, and needs
-    nothing on the worker but Python. Only root sees the files of others.
+    Searches the open files of all processes, as C(fuser) does, with nothing but Python on the
+    worker. Only root can read the open files of other users' processes.
 author: mixtral-tpu contributors
 options:
   paths:
@@ -28,14 +28,14 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look who uses the accelerator
+- name: List the processes that hold the accelerator
   become: true
   accelerator_users:
 """
 
 RETURN = r"""
 users:
-  description: Each process with its C(pid), its C(command) line and the C(path) that it holds.
+  description: Each process with its C(pid), its C(command) line and the C(path) of the open file.
   type: list
   elements: dict
   returned: always
@@ -43,20 +43,20 @@ users:
 
 
 def open_files(pid: str) -> set[str]:
-    """Return the real paths of the files that a process has open; none of one that has ended."""
+    """Return the real paths of a process's open files, none if the process has ended."""
     found = set()
     directory = f"/proc/{pid}/fd"
     try:
         for descriptor in os.listdir(directory):
             found.add(os.readlink(os.path.join(directory, descriptor)))
     except OSError:
-        # It ended while it was looked at.
+        # The process has ended meanwhile, or belongs to another user.
         pass
     return found
 
 
 def command_line(pid: str) -> str:
-    """Return a process's command line, nothing of one that has ended."""
+    """Return a process's command line, empty if the process has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -65,7 +65,7 @@ def command_line(pid: str) -> str:
 
 
 def users(patterns: list[str]) -> list[dict[str, str | int]]:
-    """Return the processes that have a file open which one of the ``patterns`` fits, by pid."""
+    """Return the processes with an open file that matches one of ``patterns``, sorted by pid."""
     paths = {os.path.realpath(path) for pattern in patterns for path in glob.glob(pattern)}
     found = []
     for pid in sorted(filter(str.isdecimal, os.listdir("/proc")), key=int):
@@ -75,7 +75,7 @@ def users(patterns: list[str]) -> list[dict[str, str | int]]:
 
 
 def main() -> None:
-    """Answer the task."""
+    """Run the module."""
     module = AnsibleModule(
         argument_spec={
             "paths": {

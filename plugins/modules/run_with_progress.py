@@ -2,13 +2,13 @@
 
 DOCUMENTATION = """
 module: run_with_progress
-short_description: runs a long command on the worker and shows that it moves
+short_description: runs a long command on the worker and displays its progress
 description:
-  - Runs a shell command in a new directory of its own, which is removed afterwards.
-  - The last line of its output appears on the screen every ten seconds. When the command fails, the
-    last twenty lines are in the error.
+  - Runs a shell command in a new directory, which is removed afterwards.
+  - Displays the last line of the command's output every ten seconds. If the command fails, the last
+    twenty lines are in the error.
   - The command goes on when the playbook is interrupted.
-  - It always reports a change, and in check mode it only says what it would do.
+  - The task always reports a change. In check mode it only displays what the command would do.
 options:
   cmd:
     description: the command, for C(/bin/sh)
@@ -18,7 +18,7 @@ options:
     description: the directory on the controller that O(files) are relative to
     type: path
   files:
-    description: files of the controller, laid out the same below the directory's C(files)
+    description: files of the controller, copied with their paths below the directory's C(files)
     type: list
     elements: str
   private:
@@ -26,7 +26,7 @@ options:
     type: dict
     default: {}
   would:
-    description: what the command does, in a few words that complete "would ..."
+    description: what the command does, as the end of a sentence that begins with "would"
     type: str
     required: true
 author:
@@ -46,5 +46,5 @@ RETURN = """
 rc:
   description: exit code of the command
   type: int
-  returned: when it ran
+  returned: when the command was started
 """

@@ -4,15 +4,15 @@ DOCUMENTATION = """
 module: stream_image
 short_description: streams an image's archive into the worker's Docker engine
 description:
-  - Pipes an archive of the controller into C(docker load) on the worker, over the connection that
-    Ansible has to it.
-  - Every ten seconds the screen shows how much was sent. When it fails, docker's own words are in
-    the error, and no image has come to be.
-  - It always reports a change. It has no check mode.
-  - Works over C(ssh) and C(local), and where becoming another user takes no password.
+  - Pipes an archive of the controller into C(docker load) on the worker, over Ansible's connection
+    to the worker.
+  - Displays every ten seconds how much was sent. If loading fails, docker's own message is in the
+    error, and the worker has no new image.
+  - The task always reports a change. It is skipped in check mode.
+  - The connection must be C(ssh) or C(local), and C(become) must not need a password.
 options:
   archive:
-    description: what C(docker save) wrote, compressed or not
+    description: a file that C(docker save) has written, compressed or not
     type: path
     required: true
 author:

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Ansible module: one look at a worker's trainer, cheap enough to be taken every few seconds."""
+"""Ansible module: reads the state of a worker's trainer, fast enough for every few seconds."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from typing import Any
 from ansible.module_utils.basic import AnsibleModule
 
 PID_FILE = "/var/run/docker.pid"
-# How long an engine may take to end its containers and to come back
+# How long an engine may take to end its containers and to start again
 RESTART_SECONDS = 120
 
 DOCUMENTATION = r"""
 module: trainer_state
-short_description: One look at the trainer on a worker
+short_description: Reads the state of the trainer on a worker
 description:
   - >-
-    Tells the state of the trainer's container, or of its process where it runs without one, renews
-    its lease, and returns what its files gained.
-  - Where there are both it is the one that runs, else the one that was started last.
-  - A lease is renewed where the run has one; a detached run has none.
-  - Needs nothing on the worker but Python; the Docker engine is asked over its socket.
+    Returns the state of the trainer's container, or of its process where the trainer runs without a
+    container, and the new parts of the run's files. On request it renews the run's lease.
+  - If there are both a container and a process, the state is that of the running one, and if none
+    runs, of the one that was started last.
+  - A detached run has no lease, and gets none.
+  - Needs nothing on the worker but Python, and speaks to the Docker engine over its socket.
 author: mixtral-tpu contributors
 options:
   container:
@@ -40,14 +41,14 @@ options:
     default: /var/run/docker.sock
   process_dir:
     description: >-
-      The directory of the run without a container. There C(process.json) says what was started, and
-      C(state.json), which the trainer's supervisor writes, what became of it.
+      The directory of a trainer without a container. Its C(process.json) describes what was
+      started, and the trainer's supervisor writes C(state.json).
     type: path
   runs_dir:
-    description: The directory that holds the runs' directories. Without it no file is looked at.
+    description: The directory with the directories of all runs. By default no file is read.
     type: path
   run_id:
-    description: The run to look at; by default that of the container.
+    description: The run whose files are read; by default that of the container or process.
     type: str
   renew_lease:
     description: Renew the run's lease.
@@ -55,23 +56,23 @@ options:
     default: false
   appended:
     description:
-      - Files that only grow, each with the offset in bytes from which on it is wanted. A negative
-        offset counts from the end.
+      - Files that only grow, each with the offset in bytes at which to begin. A negative offset
+        counts from the end.
     type: dict
     default: {}
   inodes:
     description:
-      - The inode that each of these files had at the look before. One that was replaced since is
-        wanted from its beginning.
+      - The inode that each of these files had before. A file with another inode was replaced since,
+        and is returned from its beginning.
     type: dict
     default: {}
   rewritten:
-    description: Files that are wanted whole.
+    description: Files that are returned whole.
     type: list
     elements: str
     default: []
   max_bytes:
-    description: The most that is returned of one file. The rest comes with the next look.
+    description: How many bytes of a file are returned at most; the next call returns the rest.
     type: int
     default: 1048576
 attributes:
@@ -80,7 +81,7 @@ attributes:
 """
 
 EXAMPLES = r"""
-- name: Look at what runs
+- name: Read the state of the trainer
   trainer_state:
     container: mixtral-trainer
     runs_dir: ~/mixtral-trainer/runs
@@ -102,15 +103,15 @@ state:
   type: dict
   returned: always
 collected:
-  description: Whether somebody has brought the run's files home since it ended.
+  description: Whether the files of the ended run were fetched to a controller.
   type: bool
   returned: always
 exists:
-  description: Whether the run's directory is there.
+  description: Whether the run's directory exists.
   type: bool
   returned: always
 checkpoint:
-  description: The step of the newest complete checkpoint in it, null where there is none.
+  description: The step of the run's newest complete checkpoint, null if there is none.
   type: int
   returned: always
 files:
@@ -119,14 +120,14 @@ files:
   type: dict
   returned: always
 output:
-  description: What the engine kept of the container's last output, where it has ended.
+  description: The last lines of an ended container's output, as the engine has kept them.
   type: str
   returned: always
 """
 
 
 class Engine(http.client.HTTPConnection):
-    """The Docker engine behind a Unix socket."""
+    """A connection to the Docker engine over a Unix socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=30)
@@ -139,9 +140,9 @@ class Engine(http.client.HTTPConnection):
         self.sock.connect(self.path)
 
     def get(self, path: str) -> bytes | None:
-        """Return the engine's answer, None where there is no such container.
+        """Return the body of the engine's answer, None if there is no such container.
 
-        Raises OSError when the engine does not answer, and for any answer but these two.
+        Raises OSError if the engine does not answer or answers with an error.
         """
         self.request("GET", path)
         response = self.getresponse()
@@ -150,13 +151,13 @@ class Engine(http.client.HTTPConnection):
             return None
         if response.status != http.client.OK:
             raise OSError(
-                f"the Docker engine says {response.status}: {body.decode(errors='replace')}"
+                f"the Docker engine answers {response.status}: {body.decode(errors='replace')}"
             )
         return body
 
 
 def container_state(engine: Engine, name: str) -> dict[str, Any] | None:
-    """Return what the engine knows of the container ``name``, None where there is none."""
+    """Return the state of the container ``name``, None if there is none."""
     body = engine.get(f"/containers/{name}/json")
     if body is None:
         return None
@@ -168,7 +169,7 @@ def container_state(engine: Engine, name: str) -> dict[str, Any] | None:
         "started_by": labels.get("started_by", ""),
         "detached": labels.get("detached") == "true",
         "command": container["Config"]["Cmd"] or [],
-        "environment": dict(it.split("=", 1) for it in container["Config"]["Env"] or []),
+        "environment": dict(entry.split("=", 1) for entry in container["Config"]["Env"] or []),
         "status": state["Status"],
         "running": state["Running"],
         "exit_code": state["ExitCode"],
@@ -181,9 +182,10 @@ def container_state(engine: Engine, name: str) -> dict[str, Any] | None:
 
 
 def process_state(directory: str) -> dict[str, Any] | None:
-    """Return what is known of the trainer that runs without a container, None where there is none.
+    """Return the state of a trainer without a container, None if there is none.
 
-    What was started is in process.json, what the trainer's supervisor knows in state.json.
+    ``directory`` has a process.json, written when the trainer was started, and a state.json,
+    written by the trainer's supervisor.
     """
     try:
         with open(os.path.join(directory, "process.json"), encoding="utf-8") as file:
@@ -195,7 +197,9 @@ def process_state(directory: str) -> dict[str, Any] | None:
             known = json.load(file)
     except FileNotFoundError:
         known = {}
-    running = "exit_code" not in known and "pid" in known and began(known["pid"]) == known["began"]
+    running = (
+        "exit_code" not in known and "pid" in known and start_time(known["pid"]) == known["began"]
+    )
     lost = "pid" in known and "exit_code" not in known and not running
     return {
         "runtime": "native",
@@ -204,18 +208,18 @@ def process_state(directory: str) -> dict[str, Any] | None:
         "pid": known.get("pid"),
         "status": "running" if running else "exited" if known else "created",
         "running": running,
-        # Nothing but SIGKILL, or the end of everything, keeps the supervisor from writing it down.
+        # Only SIGKILL, or a restart of the worker, keeps the supervisor from writing the exit code.
         "exit_code": 128 + 9 if lost else known.get("exit_code", 0),
         "oom_killed": known.get("oom_killed", False),
-        "error": "its supervisor was killed, or the worker was restarted" if lost else "",
+        "error": "the trainer's supervisor was killed, or the worker was restarted" if lost else "",
         "started": known.get("started"),
         "finished": known.get("finished"),
         "ended_with_engine": False,
     }
 
 
-def began(pid: int) -> int | None:
-    """Return when a process began, in the kernel's clock ticks, None where there is none."""
+def start_time(pid: int) -> int | None:
+    """Return when a process was started, in clock ticks since boot; None if there is no process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             return int(file.read().rpartition(")")[2].split()[19])
@@ -224,16 +228,19 @@ def began(pid: int) -> int | None:
 
 
 def newest(states: list[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """Return the state of what runs, else of what was started last."""
-    there = [state for state in states if state]
-    return max(there, key=lambda it: (it["running"], it["started"] or ""), default=None)
+    """Return the state that is running, else the one that was started last, None without any."""
+    return max(
+        filter(None, states),
+        key=lambda state: (state["running"], state["started"] or ""),
+        default=None,
+    )
 
 
 def ended_with_engine(state: dict[str, Any], pid_file: str = PID_FILE) -> bool:
-    """Tell whether a container ended because its engine did, or the whole worker.
+    """Return whether a container ended because its engine, or the worker, was restarted.
 
-    An engine writes its pid file when it starts, and no container outlives its engine: one that
-    began before the engine's present life and ended around its start ended with the life before.
+    The age of the engine's pid file is the time of the engine's last start. A container that was
+    started before and ended around that time ended with the engine.
     """
     if state["Running"] or not os.path.exists(pid_file):
         return False
@@ -243,20 +250,20 @@ def ended_with_engine(state: dict[str, Any], pid_file: str = PID_FILE) -> bool:
 
 
 def seconds(stamp: str) -> int:
-    """Return the engine's time stamp, which is UTC, in whole seconds since 1970."""
+    """Return one of the engine's time stamps, which are in UTC, in whole seconds since 1970."""
     return calendar.timegm(time.strptime(stamp[:19], "%Y-%m-%dT%H:%M:%S"))
 
 
 def _time(stamp: str) -> str | None:
-    """Return the engine's time stamp, None for the year 1, with which it says «not yet»."""
+    """Return the engine's time stamp, None for the year 1, which means that it is not set."""
     return None if stamp.startswith("0001-") else stamp
 
 
 def last_output(engine: Engine, name: str) -> str:
-    """Return the last lines that the engine kept of the container's output."""
+    """Return the last lines of the container's output."""
     stream = engine.get(f"/containers/{name}/logs?stdout=1&stderr=1&tail=20") or b""
     text = b""
-    # Each piece has a header of 8 bytes, the last 4 of which are its length.
+    # Each part has a header of 8 bytes, the last 4 of which are the part's length.
     while stream:
         end = 8 + int.from_bytes(stream[4:8], "big")
         text, stream = text + stream[8:end], stream[end:]
@@ -264,16 +271,16 @@ def last_output(engine: Engine, name: str) -> str:
 
 
 def newest_checkpoint(directory: str) -> int | None:
-    """Return the step of the newest checkpoint that a run has completed, None if there is none."""
+    """Return the step of the newest complete checkpoint of a run, None if there is none."""
     names = os.listdir(directory) if os.path.isdir(directory) else []
     steps = [name[len("checkpoint-") :] for name in names if name.startswith("checkpoint-")]
     return max((int(step) for step in steps if step.isdecimal()), default=None)
 
 
-def gained(path: str, offset: int, limit: int, inode: int | None = None) -> dict[str, Any]:
-    """Return at most ``limit`` bytes of the file from ``offset`` on, and the offset after them.
+def new_part(path: str, offset: int, limit: int, inode: int | None = None) -> dict[str, Any]:
+    """Return at most ``limit`` bytes of a file from ``offset`` on, with the offset after them.
 
-    Where the file is not the one of this ``inode`` any more, it is taken from its beginning.
+    A file with another inode than ``inode`` was replaced, and is read from its beginning.
     """
     with open(path, "rb") as file:
         now = os.fstat(file.fileno()).st_ino
@@ -286,7 +293,7 @@ def gained(path: str, offset: int, limit: int, inode: int | None = None) -> dict
 
 
 def main() -> None:
-    """Answer the task."""
+    """Run the module."""
     module = AnsibleModule(
         argument_spec={
             "container": {"type": "str", "required": True},
@@ -313,14 +320,17 @@ def main() -> None:
         "files": {},
         "output": "",
     }
-    # The state first, then the files: when it has ended, the files are complete.
+    # The state is read before the files, so that the files of an ended trainer are complete.
     states = [process_state(given["process_dir"]) if given["process_dir"] else None]
     try:
         states.append(container_state(engine, name))
     except (FileNotFoundError, ConnectionRefusedError):
         answer["engine"] = False
     except OSError as error:
-        module.fail_json(msg=f"{given['socket']}: {error}")
+        module.fail_json(
+            msg=f"cannot read the trainer's state from {given['socket']}: {error}. Check the "
+            "Docker engine: journalctl --unit docker on the worker"
+        )
     answer["state"] = state = newest(states)
     run_id = given["run_id"] or (state or {}).get("run_id")
     if given["runs_dir"] and run_id:
@@ -336,7 +346,7 @@ def main() -> None:
             path = os.path.join(directory, file)
             if os.path.exists(path):
                 inode = given["inodes"].get(file)
-                answer["files"][file] = gained(path, int(offset), given["max_bytes"], inode)
+                answer["files"][file] = new_part(path, int(offset), given["max_bytes"], inode)
         if state and not state["running"] and state["runtime"] == "container":
             answer["output"] = last_output(engine, name)
     module.exit_json(changed=False, **answer)

@@ -185,7 +185,7 @@ def test_a_bad_token_is_stored_nowhere(play, hub, stored, owner, words):
     assert run.code == 2
     for word in words:
         assert word in run.text
-    assert "No worker has got the token" in run.text
+    assert "The token was not sent to any worker" in run.text
     assert token not in run.screen
     assert not stored.exists()
 

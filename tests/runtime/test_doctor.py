@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from runtime import doctor
-from runtime.doctor import diagnosis, minor, pins, wrong_versions
+from runtime.doctor import TOPOLOGIES, diagnosis, minor, pins, wrong_versions
+from trainer.tpu import CHIPS, topology_of
 
 DOCTOR = Path(doctor.__file__)
 PYTEST = importlib.metadata.version("pytest")
@@ -101,6 +102,17 @@ def test_last_words_have_a_meaning_and_a_remedy(installed, changes, words, said,
     whole = {"torch": "2.9.1", "torch_xla": "2.9.0", "libtpu": "0.0.24"}
     installed(**(whole | {"jax": "0.7.1", "jaxlib": "0.7.1"} | changes))
     assert diagnosis(words, PINNED) == (said, mend)
+
+
+# The doctor runs without the trainer, and so has names of its own.
+def test_the_doctor_knows_every_chip_of_the_trainer_by_all_its_names():
+    expected = {}
+    for chip in CHIPS.values():
+        topology = f"{chip.libtpu_name}:{'x'.join(map(str, topology_of(chip, 4)))}"
+        config = chip.libtpu_chip_config
+        options = {"chip_config_name": config} if config else {}
+        expected |= dict.fromkeys((chip.name, chip.cloud_name), (topology, options))
+    assert expected == TOPOLOGIES
 
 
 def test_an_unknown_chip_is_refused_with_the_known_ones():

@@ -1,8 +1,12 @@
 import math
+from pathlib import Path
 
 import pytest
 
-from trainer.tpu import CHIPS, current_chip, parse_accelerator_type, parse_slice, topology_of
+from trainer.tpu import CHIPS, Chip, current_chip, parse_accelerator_type, parse_slice, topology_of
+
+ROOT = Path(__file__).resolve().parents[2]
+GIGA = 1e9
 
 
 @pytest.mark.parametrize(
@@ -37,7 +41,7 @@ def test_every_slice_has_a_name_that_is_understood(chip) -> None:
 @pytest.mark.parametrize(
     ("accelerator_type", "said"),
     [
-        ("v3-8", ["'v3-8'", "v4-N, v5e-N, v5p-N, v6e-N"]),
+        ("v3-8", ["'v3-8'", "v4-N, v5e-N, v5litepod-N, v5p-N, v6e-N"]),
         ("v5p", ["'v5p'", "v5p-128"]),
         ("", ["''", "v5p-128"]),
         ("v5p-9", ["'v5p-9'", "TensorCores", "8, 16, 32, 64, 128", "12288"]),
@@ -77,3 +81,51 @@ def test_every_slice_has_a_shape_of_its_chips(chip) -> None:
             assert not any(side % 4 for side in shape)
         name = "x".join(map(str, shape))
         assert parse_slice(chip.accelerator_type(chips)) == parse_slice(chip.name, name)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| ").split("|")]
+
+
+def constants() -> dict[str, dict[str, float]]:
+    """The table of constants in docs/plan.md: what it says of each chip, by the constant."""
+    lines = (ROOT / "docs/plan.md").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| constant |"))
+    chips = cells(lines[start])[1:-1]
+    found: dict[str, dict[str, float]] = {chip: {} for chip in chips}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *values, _ = cells(line)
+        for chip, value in zip(chips, values, strict=True):
+            found[chip][name] = float(value)
+    return found
+
+
+def test_the_documented_constants_are_those_of_the_table() -> None:
+    assert constants() == {
+        chip.name: pytest.approx(
+            {
+                "bf16 TFLOP/s": chip.peak_bf16_flops / 1e12,
+                "HBM GB/s": chip.hbm_bytes_per_s / GIGA,
+                "clock, GHz": chip.clock_hz / GIGA,
+                "one link, one direction, GB/s": chip.ici_bytes_per_s / 4 / chip.dimensions / GIGA,
+                "network between slices, GB/s a chip": chip.dcn_bytes_per_s / GIGA,
+            },
+            abs=0.005,
+        )
+        for chip in CHIPS.values()
+    }
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        ("README.md", "{chip.name}"),
+        ("docs/report.md", "{chip.name} {peak:g}"),
+    ],
+)
+def test_a_page_that_lists_the_chips_lists_all(page: str, words: str, chip: Chip) -> None:
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert words.format(chip=chip, peak=chip.peak_bf16_flops / 1e12) in text

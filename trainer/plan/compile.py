@@ -214,8 +214,8 @@ def topology(slice_: Slice) -> list:
 
     name = f"{slice_.chip.libtpu_name}:{'x'.join(map(str, slice_.topology))}"
     options: dict[str, Any] = {}
-    if slice_.chip.name == "v4":  # else its two cores count as devices, which they are not to XLA
-        options["chip_config_name"] = "megacore"
+    if slice_.chip.libtpu_chip_config:
+        options["chip_config_name"] = slice_.chip.libtpu_chip_config
     if math.prod(slice_.topology) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if slice_.slices > 1:

@@ -32,7 +32,7 @@ def test_a_worker_that_is_switched_off(train: Start, w1: Worker) -> None:
     assert code != 0
     assert "worker sim-w1" in run.table
     assert "ssh: connect to host" in run.table
-    assert "what to do is it up" in run.table
+    assert "what to do check that the worker is up" in run.table
     assert "worker sim-w0" not in run.table
 
 

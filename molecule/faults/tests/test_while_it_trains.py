@@ -23,7 +23,7 @@ def assert_blames_w1(run: Playbook, runs: Runs, *words: str) -> None:
 def test_a_trainer_that_gets_sigkill(training: Start, runs: Runs, w1: Worker) -> None:
     run = training()
     w1.run(f"kill -9 {' '.join(map(str, w1.trainers()))}")
-    assert_blames_w1(run, runs, "ended by SIGKILL", "killed from outside")
+    assert_blames_w1(run, runs, "ended by SIGKILL", "what killed the trainer")
     assert runs.end("sim-w1")["exit_code"] == 137
     assert not runs.end("sim-w1")["oom_killed"]
 
@@ -45,7 +45,7 @@ def test_an_engine_that_is_restarted(training: Start, runs: Runs, w1: Worker) ->
     run = training()
     w1.run("systemctl restart docker")
     assert_blames_w1(
-        run, runs, "its Docker engine, or the whole worker, was restarted", "journalctl"
+        run, runs, "the worker, or its Docker engine, was restarted", "journalctl"
     )
 
 
@@ -60,7 +60,7 @@ def test_a_worker_that_is_switched_off(training: Start, runs: Runs, w1: Worker) 
     run = training(train_lease_seconds=LEASE_SECONDS)
     w1.machine.kill()
     try:
-        assert_blames_w1(run, runs, "lost: no answer for", "is it up, and at this address?")
+        assert_blames_w1(run, runs, "lost: no answer for", "check that the worker is up")
     finally:
         w1.power_on()
     assert runs.end("sim-w1")["exit_code"] is None

@@ -88,6 +88,6 @@ def test_a_run_after_a_dead_run_is_left_to_itself(
     assert status.screen.count("detached, not collected") == 2
     other = train(max_steps=MANY_STEPS + 1)
     assert other.end() != 0
-    assert f"with other variables (it has --max_steps {MANY_STEPS})" in other.table
+    assert f"with other variables (--max_steps {MANY_STEPS})" in other.table
     runs.assert_healthy(train(max_steps=MANY_STEPS), MANY_STEPS)
     assert runs.number() == 1

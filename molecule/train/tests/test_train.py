@@ -136,7 +136,7 @@ def test_a_run_is_stopped_on_every_worker_and_resumed(
     assert finished("stop.yml").code == 0
     assert run.end() != 0
     assert "stopped" in run.table
-    assert "it was asked to end" in run.table
+    assert "the trainer was told to end" in run.table
     done = {name: runs.steps(name)[-1] + 1 for name in WORKERS}
     # The workers of this slice step by themselves, and each goes on from where it was.
     resumed = finished("train.yml", **flags, max_steps=max(done.values()) + 3, resume="must")

@@ -5,16 +5,16 @@ import hashlib
 import pytest
 
 from plugins.action.assess_worker import (
-    accelerator_complaints,
-    broken_off_run,
-    configuration_complaints,
+    accelerator_errors,
+    configuration_errors,
     differences,
-    disk_complaints,
-    image_complaints,
-    live_run,
-    resume_complaints,
-    run_complaints,
-    stack_complaints,
+    disk_errors,
+    follow_errors,
+    image_errors,
+    resume_errors,
+    run_to_follow,
+    run_to_resume,
+    stack_errors,
 )
 
 WANTED = {
@@ -23,7 +23,9 @@ WANTED = {
 }
 
 
-def look(run_id="run-1", running=True, detached=False, collected=False, checkpoint=None, **changes):
+def inspection(
+    run_id="run-1", running=True, detached=False, collected=False, checkpoint=None, **changes
+):
     state = {
         "run_id": run_id,
         "started_by": "me@here",
@@ -42,7 +44,7 @@ IDLE = {"engine": True, "collected": False, "exists": False, "checkpoint": None,
 
 
 def test_what_the_image_adds_to_the_environment_is_no_difference():
-    assert differences(look()["state"], WANTED) == []
+    assert differences(inspection()["state"], WANTED) == []
 
 
 @pytest.mark.parametrize(
@@ -58,61 +60,61 @@ def test_what_the_image_adds_to_the_environment_is_no_difference():
     ],
 )
 def test_a_difference_is_said_as_the_running_one_has_it(change, said):
-    assert differences(look(**change)["state"], WANTED) == [said]
+    assert differences(inspection(**change)["state"], WANTED) == [said]
 
 
 @pytest.mark.parametrize(
     ("found", "run"),
     [
         (IDLE, None),
-        (look(), "run-1"),
-        (look(running=False), None),
-        (look(running=False, detached=True), "run-1"),
-        (look(running=False, detached=True, collected=True), None),
-        (look(running=False, detached=True, command=[]), None),
+        (inspection(), "run-1"),
+        (inspection(running=False), None),
+        (inspection(running=False, detached=True), "run-1"),
+        (inspection(running=False, detached=True, collected=True), None),
+        (inspection(running=False, detached=True, command=[]), None),
         # It is in the way, whatever it is.
-        (look(command=[]), "run-1"),
+        (inspection(command=[]), "run-1"),
     ],
 )
 def test_a_run_is_followed_while_it_goes_on_or_waits_to_be_brought_home(found, run):
-    assert live_run(found, WANTED) == run
+    assert run_to_follow(found, WANTED) == run
 
 
 def test_a_run_of_all_workers_that_is_what_was_asked_for_is_followed():
-    assert not list(run_complaints("w0", {"w0": look(), "w1": look()}, WANTED))
+    assert not list(follow_errors("w0", {"w0": inspection(), "w1": inspection()}, WANTED))
 
 
-@pytest.mark.parametrize("other", [IDLE, look(run_id="run-2")])
+@pytest.mark.parametrize("other", [IDLE, inspection(run_id="run-2")])
 def test_half_a_run_is_not_followed(other):
-    (said,) = run_complaints("w0", {"w0": look(), "w1": other}, WANTED)
+    (said,) = follow_errors("w0", {"w0": inspection(), "w1": other}, WANTED)
     assert "Run run-1, started by me@here" in said
     assert "but not on w1" in said
     assert "stop.yml" in said
 
 
 def test_by_another_name_it_is_another_run():
-    waits = look(running=False, detached=True)
-    assert live_run(waits, WANTED, "mine") is None
-    assert live_run(waits, WANTED, "run-1") == "run-1"
-    (said,) = run_complaints("w0", {"w0": look()}, WANTED, "mine")
+    waits = inspection(running=False, detached=True)
+    assert run_to_follow(waits, WANTED, "mine") is None
+    assert run_to_follow(waits, WANTED, "run-1") == "run-1"
+    (said,) = follow_errors("w0", {"w0": inspection()}, WANTED, "mine")
     assert "Run run-1, started by me@here" in said
     assert "and run_name is mine" in said
 
 
 def test_a_run_under_a_lease_is_not_left_to_itself():
-    leased, detached = {"w0": look()}, {"w0": look(detached=True)}
-    assert not list(run_complaints("w0", leased, WANTED))
-    assert not list(run_complaints("w0", detached, WANTED, detach=True))
-    (said,) = run_complaints("w0", leased, WANTED, detach=True)
-    assert "is training here under a lease" in said
+    leased, detached = {"w0": inspection()}, {"w0": inspection(detached=True)}
+    assert not list(follow_errors("w0", leased, WANTED))
+    assert not list(follow_errors("w0", detached, WANTED, detach=True))
+    (said,) = follow_errors("w0", leased, WANTED, detach=True)
+    assert "is training on this worker under a lease" in said
     assert "without detach" in said
     assert "stop.yml" in said
 
 
-BROKEN_OFF = look(running=False, checkpoint=40)
-OTHER_FLAGS = look(running=False, checkpoint=40, command=["python", "--max_steps", "20"])
-SUCCEEDED = look(running=False, checkpoint=40, exit_code=0)
-NO_CHECKPOINT = look(running=False)
+BROKEN_OFF = inspection(running=False, checkpoint=40)
+OTHER_FLAGS = inspection(running=False, checkpoint=40, command=["python", "--max_steps", "20"])
+SUCCEEDED = inspection(running=False, checkpoint=40, exit_code=0)
+NO_CHECKPOINT = inspection(running=False)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ NO_CHECKPOINT = look(running=False)
     ],
 )
 def test_a_run_is_resumed_that_broke_off_or_is_named(found, name, run):
-    assert broken_off_run(found, WANTED, name) == run
+    assert run_to_resume(found, WANTED, name) == run
 
 
 @pytest.mark.parametrize(
@@ -142,34 +144,35 @@ def test_a_run_is_resumed_that_broke_off_or_is_named(found, name, run):
         ("auto", "", NO_CHECKPOINT, NO_CHECKPOINT, []),
         ("auto", "", IDLE, IDLE, []),
         ("auto", "mine", IDLE, IDLE, []),
-        ("auto", "", IDLE, BROKEN_OFF, ["no checkpoint here of run run-1, of which w1 has one"]),
+        ("auto", "", IDLE, BROKEN_OFF, ["no checkpoint of run run-1, and w1 has one"]),
         ("auto", "", BROKEN_OFF, IDLE, []),  # w1 complains
         (
-            *("auto", "", BROKEN_OFF, look("run-2", running=False, checkpoint=40)),
-            ["Run run-1 would be resumed here, and others on w1. Start anew: -e resume=never"],
+            *("auto", "", BROKEN_OFF, inspection("run-2", running=False, checkpoint=40)),
+            ["would resume run run-1, and w1 another one. To start a new run: -e resume=never"],
         ),
-        ("auto", "run-1", NO_CHECKPOINT, NO_CHECKPOINT, ["run_name, or remove", "runs/run-1"]),
+        ("auto", "run-1", NO_CHECKPOINT, NO_CHECKPOINT, ["run_name, or delete /runs/run-1"]),
         ("never", "", BROKEN_OFF, IDLE, []),
-        ("never", "run-1", BROKEN_OFF, BROKEN_OFF, ["here already, and resume is never"]),
+        ("never", "run-1", BROKEN_OFF, BROKEN_OFF, ["on this worker already, and resume is never"]),
         ("never", "mine", IDLE, IDLE, []),
         ("bucket", "run-1", NO_CHECKPOINT, IDLE, []),
         ("must", "", BROKEN_OFF, BROKEN_OFF, []),
-        ("must", "", IDLE, IDLE, ["no checkpoint of a last run here", "save_strategy=steps"]),
-        ("must", "mine", IDLE, IDLE, ["there is no checkpoint of run mine here"]),
+        ("must", "", IDLE, IDLE, ["no checkpoint of an earlier run", "save_strategy=steps"]),
+        ("must", "mine", IDLE, IDLE, ["has no checkpoint of run mine"]),
         ("must", "", OTHER_FLAGS, OTHER_FLAGS, ["--max_steps 20", "-e run_name=run-1"]),
         ("must", "", SUCCEEDED, SUCCEEDED, ["has succeeded", "run_name=run-1 and a larger"]),
     ],
 )
 def test_what_cannot_be_resumed_is_said(resume, name, own, other, said):
-    complaints = list(resume_complaints("w0", {"w0": own, "w1": other}, WANTED, resume, name))
-    assert len(complaints) == bool(said)
-    assert all(words in complaints[0] for words in said)
+    both = {"w0": own, "w1": other}
+    errors = list(resume_errors("w0", both, WANTED, resume, name, "/runs"))
+    assert len(errors) == bool(said)
+    assert all(words in errors[0] for words in said)
 
 
 def test_a_run_with_other_variables_is_left_alone():
-    other = look(environment={"PJRT_DEVICE": "CPU"})
-    (said,) = run_complaints("w0", {"w0": other, "w1": other}, WANTED)
-    assert "with other variables (it has PJRT_DEVICE=CPU)" in said
+    other = inspection(environment={"PJRT_DEVICE": "CPU"})
+    (said,) = follow_errors("w0", {"w0": other, "w1": other}, WANTED)
+    assert "with other variables (PJRT_DEVICE=CPU)" in said
     assert "stop.yml" in said
 
 
@@ -178,14 +181,14 @@ def image(identity):
 
 
 def test_a_stack_must_be_on_the_worker():
-    assert not list(stack_complaints("nightly", "~/stacks/nightly-1", True))
-    (complaint,) = stack_complaints("nightly", "~/stacks/nightly-1", False)
-    assert "~/stacks/nightly-1" in complaint
-    assert "site.yml -e runtime=native -e stack=nightly" in complaint
+    assert not list(stack_errors("nightly", "~/stacks/nightly-1", True))
+    (error,) = stack_errors("nightly", "~/stacks/nightly-1", False)
+    assert "~/stacks/nightly-1" in error
+    assert "site.yml -e runtime=native -e stack=nightly" in error
 
 
 def test_the_right_image_is_nothing_to_say():
-    assert not list(image_complaints("t:release", [image("a" * 64)], "a" * 64))
+    assert not list(image_errors("t:release", [image("a" * 64)], "a" * 64))
 
 
 @pytest.mark.parametrize(
@@ -197,9 +200,9 @@ def test_the_right_image_is_nothing_to_say():
     ],
 )
 def test_an_image_that_is_not_the_right_one(found, said):
-    (complaint,) = image_complaints("t:release", found, "a" * 64)
-    assert said in complaint
-    assert "site.yml" in complaint
+    (error,) = image_errors("t:release", found, "a" * 64)
+    assert said in error
+    assert "site.yml" in error
 
 
 @pytest.fixture
@@ -216,26 +219,26 @@ def configuration(tmp_path):
 def test_a_file_that_is_the_controllers_is_nothing_to_say(configuration):
     checksum = hashlib.sha1(b"{}\n").hexdigest()
     same = configuration(exists=True, path="/home/me/config.json", checksum=checksum)
-    assert not list(configuration_complaints([same]))
+    assert not list(configuration_errors([same]))
 
 
 def test_a_file_that_differs_or_is_missing_is_named(configuration):
     other = configuration(exists=True, path="/home/me/config.json", checksum="0" * 40)
     missing = configuration(exists=False)
-    differs, misses = configuration_complaints([other, missing])
+    differs, misses = configuration_errors([other, missing])
     assert "/home/me/config.json is not the same" in differs
     assert "~/config.json is missing" in misses
 
 
 def test_who_holds_the_accelerator_is_named_with_the_command_that_ends_it():
     user = {"pid": 42, "command": "python3 old.py", "path": "/dev/vfio/0"}
-    (said,) = accelerator_complaints([user])
+    (said,) = accelerator_errors([user])
     assert "Process 42 (python3 old.py) holds /dev/vfio/0" in said
     assert "sudo kill 42" in said
 
 
 def test_too_little_disk_is_said_with_both_figures():
-    assert not list(disk_complaints(1.0, 1))
-    (said,) = disk_complaints(0.25, 1)
+    assert not list(disk_errors(1.0, 1, "/runs"))
+    (said,) = disk_errors(0.25, 1, "/runs")
     assert "0.25 GiB" in said
-    assert "1 are needed" in said
+    assert "1 are needed. Delete old runs from /runs" in said

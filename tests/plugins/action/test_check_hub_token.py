@@ -9,7 +9,7 @@ from huggingface_hub.utils import close_session
 from plugins.action import check_hub_token
 from plugins.action.check_hub_token import (
     ATTEMPTS,
-    Refused,
+    TokenError,
     check_endpoint,
     is_repository,
     owner,
@@ -47,7 +47,9 @@ def test_a_token_that_the_hub_knows_has_an_owner(hub):
 @pytest.mark.parametrize(("expired", "word"), [(True, "expired"), (False, "wrong")])
 def test_a_token_that_the_hub_does_not_take(hub, expired, word):
     token = hub.token(expired=True) if expired else "hf_unknown"
-    with pytest.raises(Refused, match=f"^The Hugging Face token in the file x is {word}:") as said:
+    with pytest.raises(
+        TokenError, match=f"^The Hugging Face token in the file x is {word}:"
+    ) as said:
         owner(api(hub, token), "the file x")
     assert f"{hub.endpoint}/settings/tokens" in str(said.value)
     assert hub.asked("whoami") == 1
@@ -76,7 +78,7 @@ def test_everything_that_may_not_be_read_is_named_with_its_page(hub):
     gated, own, odd, lost, texts = unreadable(api(hub, hub.token()), "ada", "HF_TOKEN", asked)
     assert "is unauthorised for the gated model org/gated" in gated
     assert f"{hub.endpoint}/org/gated" in gated
-    assert "sees no model org/own" in own
+    assert "cannot find the model org/own" in own
     assert "is unauthorised for the model org/odd" in odd
     assert "answers 403" in odd
     assert "cannot read the model org/lost" in lost
@@ -102,7 +104,7 @@ def test_a_busy_hub_is_asked_again(hub, waits, status, headers, waited):
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_hub_that_stays_busy_is_given_up(hub, waits, status):
     hub.faults.append(Fault("whoami", status, times=100))
-    with pytest.raises(Refused, match=f"hub at {hub.endpoint} answers {status}"):
+    with pytest.raises(TokenError, match=f"hub at {hub.endpoint} answers {status}"):
         owner(api(hub, hub.token()), "HF_TOKEN")
     assert hub.asked("whoami") == ATTEMPTS
     assert waits == [1, 2, 4]
@@ -117,7 +119,7 @@ def test_a_hub_that_breaks_off_is_asked_again(hub, waits):
 def test_a_hub_that_is_not_there_is_named(hub, waits):
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-    with pytest.raises(Refused, match=f"hub at {endpoint} is unreachable") as said:
+    with pytest.raises(TokenError, match=f"hub at {endpoint} is unreachable") as said:
         owner(HfApi(endpoint=endpoint, token="hf_x"), "HF_TOKEN")
     assert "HF_ENDPOINT" in str(said.value)
     assert waits == [1, 2, 4]
@@ -125,7 +127,7 @@ def test_a_hub_that_is_not_there_is_named(hub, waits):
 
 def test_what_is_no_hub_is_told_so(hub):
     hub.faults.append(Fault("whoami", 404))
-    with pytest.raises(Refused, match="answers 404 when it is asked whose the token in HF_TOKEN"):
+    with pytest.raises(TokenError, match="answers 404 to the question whom the token in HF_TOKEN"):
         owner(api(hub, "hf_x"), "HF_TOKEN")
 
 
@@ -133,7 +135,7 @@ def test_what_is_no_hub_is_told_so(hub):
     "endpoint", ["hub.example", "ftp://hub.example", "https://", "http://hub:port"]
 )
 def test_what_is_no_address_is_refused(endpoint):
-    with pytest.raises(Refused, match="HF_ENDPOINT"):
+    with pytest.raises(TokenError, match="HF_ENDPOINT"):
         check_endpoint(endpoint)
 
 

@@ -12,10 +12,10 @@ from plugins.action.follow_run import (
     exit_record,
     exits,
     failed_worker,
+    failure_text,
     laggards,
     screen_lines,
     signal_name,
-    verdict,
 )
 
 
@@ -155,7 +155,7 @@ def test_nobody_is_ended_by_success_by_itself_or_by_one_that_was_ended(workers):
 
 def test_a_failure_is_said_with_the_trainer_s_last_words(tmp_path):
     record = exit_record({"exit_code": 1}, "", ["Traceback:", "  RuntimeError: boom"])
-    said = verdict(record, tmp_path / "trainer.log")
+    said = failure_text(record, tmp_path / "trainer.log")
     assert "exit code 1" in said
     assert "RuntimeError: boom" in said
     assert str(tmp_path / "trainer.log") in said
@@ -183,7 +183,7 @@ def follow(workers):
         }
         follower.stops, follower.renewals, left = 0, [], list(answers)
 
-        def look(renew_lease):
+        def inspect(renew_lease):
             follower.renewals.append(renew_lease)
             answer = left.pop(0)
             return ({}, answer) if isinstance(answer, str) else (answer, "")
@@ -191,7 +191,7 @@ def follow(workers):
         def stop(_state):
             follower.stops += 1
 
-        follower.look, follower.stop = look, stop
+        follower.inspect, follower.stop = inspect, stop
         return follower, follower.follow()
 
     return run
@@ -217,7 +217,10 @@ def test_a_silence_longer_than_the_lease_loses_the_worker(follow):
 @pytest.mark.parametrize("state", [None, {"run_id": "another", "running": True}])
 def test_a_container_that_is_not_of_this_run_is_gone(follow, state):
     _, (found, error, _) = follow(RUNNING, RUNNING | {"state": state})
-    assert (found, error) == (None, "its container, or its record, is gone")
+    assert (found, error) == (
+        None,
+        "the trainer's container, or the record of its process, is gone",
+    )
 
 
 def test_a_failure_elsewhere_stops_the_worker_once_and_ends_its_lease(follow, workers):

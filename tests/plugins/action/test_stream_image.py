@@ -97,7 +97,7 @@ def test_where_sudo_wants_a_password_it_says_what_to_do(load):
         ansible_become_password="secret",
     )
     assert ran.returncode == 2
-    assert "sudo wants a password on this worker" in ran.stdout
+    assert "sudo asks for a password on this worker" in ran.stdout
     assert "secret" not in ran.stdout
 
 

@@ -101,10 +101,14 @@ def ended(**changes):
         (ended(exit_code=143, signal="SIGTERM"), "train.yml"),
         (ended(last_lines=["OSError: [Errno 28] No space left on device", "…"]), "free disk"),
         (
-            ended(exit_code=143, signal="SIGTERM", error="its Docker engine, or …, was restarted"),
+            ended(
+                exit_code=143,
+                signal="SIGTERM",
+                error="the worker, or its Docker engine, was restarted",
+            ),
             "journalctl",
         ),
-        (ended(), "last words"),
+        (ended(), "last lines"),
     ],
 )
 def test_every_end_has_a_next_step(record, advice):
@@ -136,10 +140,10 @@ def test_the_culprit_comes_last_with_its_last_words(run_dir):
 def test_what_the_tpu_says_of_a_worker_stands_with_it(run_dir):
     lines = failures(run_dir, "runs/r", {"w0": ["LOW_MEMORY"], "w1": ["MESH_BUILD_FAIL 3 links"]})
     assert lines[1:3] == [
-        "  w0            stopped, because w1 failed",
-        "  the TPU says  LOW_MEMORY",
+        "  w0           stopped, because w1 failed",
+        "  TPU symptom  LOW_MEMORY",
     ]
-    assert lines[6] == "  the TPU says   MESH_BUILD_FAIL 3 links"
+    assert lines[6] == "  TPU symptom    MESH_BUILD_FAIL 3 links"
 
 
 def play(tmp_path, *tasks):
@@ -197,7 +201,7 @@ def test_a_worker_that_cannot_be_reached_has_a_next_step(tmp_path):
         },
     )
     assert "ssh: connect to host localhost port 1: Connection refused" in shown
-    assert "what to do     is it up, and at this address?" in shown
+    assert "what to do     check that the worker is up" in shown
 
 
 def test_a_success_without_a_run_says_nothing(tmp_path):
@@ -222,4 +226,4 @@ def test_a_worker_that_never_started_is_said_too(tmp_path, run_dir):
     assert "RUN 20260102-030405: failed" in shown
     assert "step time" not in shown
     assert "what happened  no such image" in shown
-    assert shown.rstrip().endswith("the TPU says   HOT")
+    assert shown.rstrip().endswith("TPU symptom    HOT")

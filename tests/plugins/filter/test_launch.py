@@ -44,7 +44,7 @@ def test_a_wrong_name_is_told_the_nearest_and_all_presets(presets):
     with pytest.raises(AnsibleFilterError) as error:
         preset_file("mixtrl-tiny", str(presets))
     assert "Did you mean mixtral-tiny?" in str(error.value)
-    assert "Presets: mixtral-8x7b, mixtral-tiny. " in str(error.value)
+    assert "The presets are mixtral-8x7b, mixtral-tiny; " in str(error.value)
 
 
 def test_a_missing_file_is_named(presets):

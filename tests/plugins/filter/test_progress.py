@@ -1,4 +1,4 @@
-from plugins.filter.progress import last_steps, progress
+from plugins.filter.progress import clock, last_steps, progress
 
 
 def test_lines_that_are_cut_are_left_out():
@@ -18,3 +18,8 @@ def test_progress_counts_steps_from_one():
 def test_progress_survives_a_loss_that_is_not_finite():
     step = {"step": 0, "loss": None, "step_time_s": 1.0, "tokens_per_s": 2048.0}
     assert progress([step], None) == "step 1   loss not finite   1.00 s/step   2,048 tokens/s"
+
+
+def test_time_reads_as_minutes_and_seconds_and_from_an_hour_on_with_hours():
+    durations = {0: "0:00", 9.9: "0:09", 60: "1:00", 125: "2:05", 3725: "1:02:05"}
+    assert {seconds: clock(seconds) for seconds in durations} == durations

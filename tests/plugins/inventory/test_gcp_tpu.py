@@ -201,7 +201,9 @@ def test_slices_in_other_states_stay_out_and_are_named(api: TpuApi, read: Read, 
     }
     assert members(inventory, "unhealthy") == ["sick-w0", "sick-w1"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "gone is PREEMPTED; growing is CREATING: left out, because only READY is wanted" in said
+    assert (
+        "gone is PREEMPTED; growing is CREATING: left out of the inventory, which includes" in said
+    )
     assert "sick is UNHEALTHY_MAINTENANCE it is being mended" in said
     assert "gone-w1" in read(states=["READY", "PREEMPTED"]).hosts
 
@@ -210,7 +212,7 @@ def test_nothing_is_never_taken_for_success(api: TpuApi, read: Read) -> None:
     api.add("gone", state="PREEMPTED")
     with pytest.raises(AnsibleParserError, match=r"^gone is PREEMPTED: left out"):
         read(names=["gone"])
-    words = rf"no TPU slice none in {ZONE} of {PROJECT} \(there: gone\). Make it: .*state=present"
+    words = rf"no TPU slice none in {ZONE} of {PROJECT} \(existing slices: gone\). Create it: "
     with pytest.raises(AnsibleParserError, match=words):
         read(names=["none"])
     assert not read(names=["none"], extra="state=present").hosts
@@ -219,7 +221,7 @@ def test_nothing_is_never_taken_for_success(api: TpuApi, read: Read) -> None:
 def test_two_workers_of_one_name_are_refused(api: TpuApi, read: Read) -> None:
     api.add("my-tpu")
     api.add("my-tpu", zone="us-central1-a")
-    with pytest.raises(AnsibleParserError, match="two workers would have the same name"):
+    with pytest.raises(AnsibleParserError, match="my-tpu-w0 is the name of two workers"):
         read(zones=["-"])
 
 
@@ -263,23 +265,23 @@ def test_a_busy_api_is_asked_again(api: TpuApi, read: Read) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"projects": ["nope"]}, "Permission denied on resource project nope (403). Is nope the"),
-        ({"zones": ["moon"]}, "moon is not found or access is unauthorized (403). Is moon a zone"),
-        ({"auth_kind": "accesstoken", "access_token": "old"}, "the credentials are refused: "),
-        ({"auth_kind": "accesstoken"}, "there is no GCP_ACCESS_TOKEN"),
+        ({"projects": ["nope"]}, "on resource project nope (403). Check that nope is"),
+        ({"zones": ["moon"]}, "or access is unauthorized (403). Check that moon is"),
+        ({"auth_kind": "accesstoken", "access_token": "old"}, "the credentials were refused: "),
+        ({"auth_kind": "accesstoken"}, "no token is given: export GCP_ACCESS_TOKEN=…"),
         ({"auth_kind": "application"}, "Log in: gcloud auth application-default login"),
-        ({"auth_kind": "serviceaccount"}, "there is no GCP_SERVICE_ACCOUNT_FILE"),
+        ({"auth_kind": "serviceaccount"}, "no key is given: export GCP_SERVICE_ACCOUNT_FILE=…"),
         (
             {"auth_kind": "serviceaccount", "service_account_file": "/none.json"},
-            "/none.json: No such file or directory. Make one",
+            "/none.json: No such file or directory. Create a key",
         ),
         (
             {"auth_kind": "serviceaccount", "service_account_contents": '{"private_key": "hush"}'},
-            "service_account_contents: it is no service account's key",
+            "service_account_contents: this is not the key of a service account",
         ),
-        ({"api_endpoint": "http://tpu.googleapis.com"}, "an https:// address is needed"),
-        ({"api_endpoint": "https://tpu.googleapis.com"}, "auth_kind anonymous goes with an http://"),
-        ({"projects": [], "zones": []}, "which projects? export PROJECT"),
+        ({"api_endpoint": "http://tpu.googleapis.com"}, "allowed is an https:// address"),
+        ({"api_endpoint": "https://tpu.googleapis.com"}, "auth_kind is anonymous, and api"),
+        ({"projects": [], "zones": []}, "gives no projects: export PROJECT"),
     ],
 )  # fmt: skip
 def test_what_was_wrong_is_one_line_with_what_to_do(
@@ -303,10 +305,11 @@ def test_what_was_wrong_is_one_line_with_what_to_do(
         (
             403,
             "Cloud TPU API has not been used in project 1 before or it is disabled.",
-            f"Enable it: gcloud services enable tpu.googleapis.com --project {PROJECT}",
+            f"Enable the Cloud TPU API: gcloud services enable tpu.googleapis.com --project "
+            f"{PROJECT}",
         ),
         (403, "Permission 'tpu.nodes.list' denied", "needs roles/tpu.viewer"),
-        (404, "Requested entity was not found.", "Check project, zone"),
+        (404, "Requested entity was not found.", "Check the project, the zone"),
     ],
 )
 def test_what_the_api_refuses_is_told_with_what_to_do(
@@ -322,7 +325,7 @@ def test_what_the_api_refuses_is_told_with_what_to_do(
 def test_an_api_that_does_not_answer_is_named(
     api: TpuApi, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plugins.module_utils.cloud_tpu.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("plugins.plugin_utils.cloud_tpu.RETRY_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(AnsibleParserError, match=f"no answer from {endpoint}: Connection refused"):

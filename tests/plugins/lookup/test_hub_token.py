@@ -70,6 +70,6 @@ def test_what_can_be_no_token_is_refused_without_repeating_it(token, word):
 
 @pytest.mark.parametrize("words", [f"hf_token={TOKEN}", f'{{"hf_token": "{TOKEN}"}}'])
 def test_one_that_everybody_has_seen_is_refused(words):
-    with pytest.raises(AnsibleLookupError, match="Revoke it") as refused:
+    with pytest.raises(AnsibleLookupError, match="Revoke the token") as refused:
         cleaned(TOKEN, "the variable hf_token", [words])
     assert TOKEN not in str(refused.value)

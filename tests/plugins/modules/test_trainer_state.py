@@ -252,7 +252,7 @@ def test_a_process_whose_id_is_another_s_by_now(look, process, sleeper):
     known = {"started": "2026-01-02T03:04:05Z", "pid": sleeper["pid"]}
     state = look(process_dir=process(began=sleeper["began"] - 1, **known))["state"]
     assert (state["running"], state["exit_code"]) == (False, 137)
-    assert state["error"] == "its supervisor was killed, or the worker was restarted"
+    assert state["error"] == "the trainer's supervisor was killed, or the worker was restarted"
 
 
 def test_what_runs_comes_before_what_was_started_later(look, engine, process, sleeper):

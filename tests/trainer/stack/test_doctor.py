@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from trainer.tpu import CHIPS
+
 DOCTOR = Path(__file__).parents[3] / "runtime/doctor.py"
 
 
@@ -20,7 +22,7 @@ def examine(accelerator_type: str, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("chip", ["v4", "v5p", "v5litepod", "v6e"])
+@pytest.mark.parametrize("chip", [chip.cloud_name for chip in CHIPS.values()])
 def test_every_kernel_compiles_for_every_chip(chip):
     ran = examine(f"{chip}-8")
     assert ran.returncode == 0, ran.stdout

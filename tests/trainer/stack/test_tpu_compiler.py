@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from trainer.plan import __main__ as plan
+from trainer.tpu import CHIPS, parse_accelerator_type
 
 ROOT = Path(__file__).parents[3]
 PRESETS = ROOT / "trainer/presets"
@@ -55,19 +56,23 @@ def in_layers(found: dict, kind: str, moves: str) -> int:
     )
 
 
-@pytest.mark.parametrize(
-    ("accelerator_type", "mode", "tensor", "kernels"),
-    # Splash attention: forward, the same recomputed, two kernels in backward. Megablox: three
-    # products forward, two of them recomputed, and two for each in backward.
-    [
-        ("v5p-8", "gmm", 1, 15),
-        ("v5p-8", "gmm_stack", 1, 15),
-        ("v5p-8", "static", 1, 4),
-        ("v4-8", "gmm", 2, 15),
-        ("v5litepod-8", "gmm", 1, 15),
-        ("v6e-4", "gmm", 1, 15),
-    ],
-)
+# Splash attention: forward, the same recomputed, two kernels in backward. Megablox: three products
+# forward, two of them recomputed, and two for each in backward.
+STEPS = [
+    ("v5p-8", "gmm", 1, 15),
+    ("v5p-8", "gmm_stack", 1, 15),
+    ("v5p-8", "static", 1, 4),
+    ("v4-8", "gmm", 2, 15),
+    ("v5litepod-8", "gmm", 1, 15),
+    ("v6e-4", "gmm", 1, 15),
+]
+
+
+def test_a_step_is_compiled_for_every_chip():
+    assert {parse_accelerator_type(step[0])[0].name for step in STEPS} == CHIPS.keys()
+
+
+@pytest.mark.parametrize(("accelerator_type", "mode", "tensor", "kernels"), STEPS)
 def test_the_step_compiles(tmp_path, accelerator_type, mode, tensor, kernels):
     flags = ["--spmd_2d_sharding", str(tensor)] if tensor > 1 else ["--fsdp", "full_shard"]
     if accelerator_type == "v6e-4":

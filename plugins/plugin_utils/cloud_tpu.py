@@ -1,10 +1,8 @@
-"""The seam to whoever makes TPU slices: list, create, update, delete, and why something failed.
+"""The Cloud TPU API: list, create, update and delete TPU slices, and explain what failed.
 
-Everything that knows Google's client library is here, on its REST transport. What leaves this file
-is plain data, as a cache can store it, and CloudTpuError, which a user can read. Another provider
-is another class with the methods of CloudTpu.
-
-It is imported late, because Google's client takes half a second to load.
+Only this module uses Google's client library, on its REST transport. It returns plain data, which
+an inventory cache can store, and raises CloudTpuError, whose message is meant for a user. Another
+provider of TPU slices is another class with the methods of CloudTpu.
 """
 
 from __future__ import annotations
@@ -34,13 +32,15 @@ from google.oauth2 import service_account
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.json_format import MessageToDict, ParseError
 
-from trainer.tpu import CHIPS, parse_accelerator_type
+from plugins.plugin_utils.cloud_chips import CLOUD_CHIPS
+from trainer.tpu import CHIP_NAMES, parse_accelerator_type
 
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 ENDPOINT = "https://tpu.googleapis.com"
 CALL_SECONDS = 30
 RETRY_SECONDS = 20
-# What may pass by itself, where nothing is made: there, 429 says that quota or capacity is missing.
+# Errors that a second attempt may get past, when it reads or deletes. Creation is not repeated:
+# there, 429 means that quota or capacity is missing.
 TRANSIENT = (
     exceptions.InternalServerError,
     exceptions.BadGateway,
@@ -50,10 +50,11 @@ TRANSIENT = (
     requests.exceptions.ConnectionError,
     requests.exceptions.Timeout,
 )
-# The slice's life in minutes, as a label: labels hold no decimal point.
+# The label that holds max_hours, in minutes: a label cannot hold a decimal point.
 MAX_MINUTES = "max-minutes"
 
-# google.cloud's names of the options, and where they come from when nobody sets them
+# The options of a connection, named as in the collection google.cloud, and their environment
+# variables
 ENVIRONMENT = {
     "auth_kind": "GCP_AUTH_KIND",
     "service_account_file": "GCP_SERVICE_ACCOUNT_FILE",
@@ -64,23 +65,14 @@ ENVIRONMENT = {
     "api_endpoint": "TPU_API_ENDPOINT",
 }
 
-# Of each chip: its name where there is a topology, its name in an accelerator type, and the image
-# of its virtual machines.
-API_NAMES = {
-    "v4": ("V4", "v4", "tpu-ubuntu2204-base"),
-    "v5e": ("V5LITE_POD", "v5litepod", "v2-alpha-tpuv5-lite"),
-    "v5p": ("V5P", "v5p", "v2-alpha-tpuv5"),
-    "v6e": ("V6E", "v6e", "v2-alpha-tpuv6e"),
-}
-
 Slice = dict[str, Any]
 
 
-def know_operations() -> None:
-    """Let Google's client read the operations that the API answers with.
+def register_operation_metadata() -> None:
+    """Register the message type of the API's operations with protobuf.
 
-    Their metadata is a google.cloud.common.OperationMetadata, which the client has only as
-    google.cloud.tpu.v2.OperationMetadata; its REST transport refuses what it does not know.
+    The API returns google.cloud.common.OperationMetadata. Google's client knows the same message
+    only as google.cloud.tpu.v2.OperationMetadata, and its REST transport refuses unknown types.
     """
     known = tpu_v2.OperationMetadata.pb(tpu_v2.OperationMetadata()).DESCRIPTOR
     file = descriptor_pb2.FileDescriptorProto(
@@ -93,21 +85,21 @@ def know_operations() -> None:
     descriptor_pool.Default().Add(file)
 
 
-know_operations()
+register_operation_metadata()
 
 
 class CloudTpuError(Exception):
-    """What went wrong, in one line, with what to do about it."""
+    """A request failed or was not possible; the message is one line with the next step."""
 
 
 def from_environment() -> dict[str, Any]:
-    """Return the options of a connection that the environment sets."""
+    """Return the options of ENVIRONMENT from their environment variables, None where unset."""
     found = {name: os.environ.get(variable) for name, variable in ENVIRONMENT.items()}
     return found | {"scopes": (found["scopes"] or "").split(",") if found["scopes"] else None}
 
 
 def age_hours(slice_: Slice, now: datetime | None = None) -> float:
-    """Return for how many hours a slice has been there."""
+    """Return the age of a slice in hours; ``now`` is the present time by default."""
     if not slice_["created"]:
         return 0.0
     created = datetime.fromisoformat(slice_["created"])
@@ -115,54 +107,76 @@ def age_hours(slice_: Slice, now: datetime | None = None) -> float:
 
 
 def is_expired(slice_: Slice, now: datetime | None = None) -> bool:
-    """Tell whether a slice has outlived the ``max_hours`` that it was made with."""
+    """Return whether a slice is older than the ``max_hours`` that it was created with."""
     minutes = slice_["labels"].get(MAX_MINUTES, "")
     return minutes.isdecimal() and age_hours(slice_, now) * 60 > int(minutes)
 
 
-def shape(accelerator_type: str, topology: str) -> dict[str, str]:
-    """Return what makes a slice of this shape: accelerator_type, topology, chip, runtime_version.
+def usage(slices: list[Slice]) -> str:
+    """Return the age of the oldest slice in hours and the chip-hours of all, as displayed text."""
+    hours = max(map(age_hours, slices), default=0.0)
+    chip_hours = sum(age_hours(slice_) * slice_["chips"] for slice_ in slices)
+    return f"{hours:.1f} hours old, {chip_hours:.1f} chip-hours"
 
-    The type may be a chip alone, such as v5p, where there is a topology. Raises CloudTpuError for a
-    type that does not exist and for a topology that is not the type's.
+
+def symptoms(slice_: Slice) -> list[str]:
+    """Return the symptoms that the API reports of a slice, each with its worker."""
+    return [f"worker {symptom['worker']} {symptom_text(symptom)}" for symptom in slice_["symptoms"]]
+
+
+def symptom_text(symptom: Mapping[str, str]) -> str:
+    """Return a symptom's type and details."""
+    return f"{symptom['type']} {symptom['details']}".strip()
+
+
+def shape(accelerator_type: str, topology: str) -> dict[str, str]:
+    """Return what the API needs to create a slice of an accelerator type and a topology.
+
+    That is ``accelerator_type``, ``topology``, ``api_type`` and ``runtime_version``. Of the two
+    arguments the topology may be empty, or the accelerator type a chip alone, such as v5p. Raises
+    CloudTpuError for an unknown accelerator type, for a chip that the API does not serve, and for a
+    topology that does not match the accelerator type.
     """
-    dimensions = topology.split("x") if topology else []
-    if not all(size.isdecimal() and int(size) for size in dimensions):
-        raise CloudTpuError(f"topology is {topology!r}: numbers of chips are needed, such as 4x4x8")
-    chips = math.prod(map(int, dimensions))
-    names = {api: chip for chip, (_, api, _) in API_NAMES.items()}
-    alone = names.get(accelerator_type, accelerator_type)
-    if dimensions and alone in API_NAMES:
-        accelerator_type = CHIPS[alone].accelerator_type(chips)
+    sides = topology.split("x") if topology else []
+    if not all(side.isdecimal() and int(side) for side in sides):
+        raise CloudTpuError(
+            f"topology is {topology!r}: numbers of chips joined by x are allowed, such as 4x4x8"
+        )
+    topology_chips = math.prod(map(int, sides))
     try:
-        chip, of_type, _ = parse_accelerator_type(accelerator_type)
+        if sides and (alone := CHIP_NAMES.get(accelerator_type)):
+            accelerator_type = alone.accelerator_type(topology_chips)
+        chip, chips, _ = parse_accelerator_type(accelerator_type)
     except ValueError as error:
         raise CloudTpuError(f"{error}") from error
-    if chip.name not in API_NAMES:
+    names = CLOUD_CHIPS[chip.name]
+    if not names.api_type:
+        served = ", ".join(name for name, other in CLOUD_CHIPS.items() if other.api_type)
         raise CloudTpuError(
-            f"the Cloud TPU API makes no {chip.name}; it has {', '.join(API_NAMES)}"
+            f"the Cloud TPU API does not serve {chip.name}; choose one of the chips that it "
+            f"serves: {served}"
         )
-    family, name, version = API_NAMES[chip.name]
-    flat = chip.name in ("v5e", "v6e")
-    if dimensions and (chips != of_type or len(dimensions) != (2 if flat else 3)):
+    if sides and (topology_chips != chips or len(sides) != chip.dimensions):
         raise CloudTpuError(
-            f"topology {topology} does not match {accelerator_type}: it has {of_type} chips, in "
-            f"{'two' if flat else 'three'} dimensions. Give one of the two, or make them match"
+            f"topology {topology} does not match {accelerator_type}, which has {chips} chips in "
+            f"{chip.dimensions} dimensions. Give the accelerator type alone, or the topology with "
+            f"the chip alone ({chip.name})"
         )
     number = accelerator_type.rpartition("-")[2]
     return {
-        "accelerator_type": f"{name}-{number}",
+        "accelerator_type": f"{chip.cloud_name}-{number}",
         "topology": topology,
-        "chip": family,
-        "runtime_version": version,
+        "api_type": names.api_type,
+        "runtime_version": names.runtime_version,
     }
 
 
 class CloudTpu:
-    """Slices of one project and zone, through the Cloud TPU API.
+    """The slices of one project and zone in the Cloud TPU API.
 
-    ``options`` are those of ENVIRONMENT. ``zone`` may be ``-``, all zones, where it is only read.
-    Every method raises CloudTpuError for whatever the API, the network or the credentials refuse.
+    ``options`` has the keys of ENVIRONMENT. ``zone`` may be ``-``, all zones, for reading. Every
+    method raises CloudTpuError if the API refuses a request, does not answer, or gets no
+    credentials.
     """
 
     def __init__(self, project: str, zone: str, options: Mapping[str, Any]) -> None:
@@ -176,7 +190,7 @@ class CloudTpu:
         self._client = tpu_v2.TpuClient(transport=transport)
 
     def slices(self) -> list[Slice]:
-        """Return all slices: one request a page."""
+        """Return all slices, with one request for each page."""
         with self._explained("list the slices"):
             pages = self._client.list_nodes(
                 parent=self._parent, retry=self._retry(), timeout=CALL_SECONDS
@@ -184,7 +198,7 @@ class CloudTpu:
             return [to_slice(node) for node in pages]
 
     def request(self, name: str) -> dict[str, Any] | None:
-        """Return a queued resource, its state and why it failed; None where there is none."""
+        """Return a queued resource with its state and error; None if it does not exist."""
         with self._explained("look for the queued resource"):
             try:
                 found = self._client.get_queued_resource(
@@ -203,13 +217,16 @@ class CloudTpu:
         }
 
     def find(self, name: str) -> tuple[list[Slice], dict[str, Any] | None]:
-        """Return the slices that ``name`` means, and the queued resource of that name."""
-        return [it for it in self.slices() if name in (it["name"], it["request"])], self.request(
-            name
-        )
+        """Return the slices with this name, or of the queued resource with this name, and the
+        queued resource, None if it does not exist.
+        """
+        slices = [slice_ for slice_ in self.slices() if name in (slice_["name"], slice_["request"])]
+        return slices, self.request(name)
 
     def instances(self, slice_: Slice) -> list[str]:
-        """Return the names of a slice's virtual machines, which is what IAP knows them by."""
+        """Return the names of a slice's virtual machines, by which the Identity-Aware Proxy finds
+        them, in worker order.
+        """
         with self._explained(f"ask for the machines of {slice_['name']}"):
             answer = self._client.get_guest_attributes(
                 {"name": self._path(slice_["name"])}, timeout=CALL_SECONDS
@@ -221,9 +238,9 @@ class CloudTpu:
         return [machine.get("hostname", "") for machine in machines]
 
     def create(self, name: str, spec: Mapping[str, Any]) -> Operation:
-        """Begin to make a slice, or several as one queued resource; see ``to_node`` for ``spec``.
+        """Request a slice, or several as one queued resource; see ``to_node`` for ``spec``.
 
-        The operation is for ``failure``.
+        Returns the API's operation, which ``failure`` takes.
         """
         node = to_node(spec, self.project, self.zone)
         with self._explained(f"create {name}"):
@@ -238,7 +255,7 @@ class CloudTpu:
                 part["node_id"] = name
             resource: dict[str, Any] = {"tpu": {"node_spec": [part]}}
             if spec["spot"]:
-                # Here it is the request that says so, not the node.
+                # In a queued resource, spot belongs to the resource and not to its node.
                 node.scheduling_config = None
                 resource["spot"] = {}
             elif spec["reserved"]:
@@ -251,18 +268,18 @@ class CloudTpu:
             )
 
     def failure(self, operation: Operation) -> str | None:
-        """Return why an operation has failed, None while it goes on and when it went well."""
-        with self._explained("ask how it goes on"):
+        """Return why an operation has failed; None while it is running and after success."""
+        with self._explained("read the state of the operation"):
             try:
                 done = operation.done(retry=self._retry())
             except ParseError:
-                # What the client does not know is in the response, which a failure does not have.
+                # Only the response to a success may hold a type that the client does not know.
                 return None
             error = operation.exception(timeout=CALL_SECONDS) if done else None
         return self._reason("create the slice", error) if error else None
 
     def update(self, name: str, changes: Mapping[str, Any]) -> None:
-        """Change labels and metadata of a slice to what ``changes`` has under these names."""
+        """Replace the labels or the metadata of a slice by those in ``changes``."""
         with self._explained(f"change {name}"):
             self._client.update_node(
                 node={"name": self._path(name), **changes},
@@ -271,9 +288,9 @@ class CloudTpu:
             )
 
     def delete(self, slice_: str | None, request: str | None) -> bool:
-        """Begin to delete a queued resource with its slices, or else a slice.
+        """Request the deletion of a queued resource with its slices, or else of a slice.
 
-        Returns False where the API does not let it go yet, as while it is being created.
+        Returns False if the API refuses for now, as it does during creation.
         """
         with self._explained(f"delete {request or slice_}"):
             try:
@@ -319,25 +336,27 @@ class CloudTpu:
             raise CloudTpuError(self._reason(what, error)) from error
 
     def _reason(self, what: str, error: Exception) -> str:
-        """Return in one line what the API said, and what to do."""
+        """Return the cause of ``error`` and the next step in one line; ``what`` is what failed."""
         if isinstance(error, exceptions.RetryError) and error.cause:
             error = error.cause
         if isinstance(error, requests.exceptions.RequestException):
-            # requests wraps what the operating system says in several layers.
+            # requests wraps the operating system's message in several layers.
             cause = re.search(r"\[Errno -?\d+\] ([^'\")]+)", str(error))
-            told = f"no answer from {self._endpoint}: {cause[1] if cause else type(error).__name__}"
+            message = (
+                f"no answer from {self._endpoint}: {cause[1] if cause else type(error).__name__}"
+            )
         elif isinstance(error, auth_exceptions.RefreshError):
-            # A token is refused, and the client complains that it cannot make another one.
-            told = f"the credentials are refused: {error.args[0] if error.args else error}"
+            # A token was refused; the client only reports that it cannot make another one.
+            message = f"the credentials were refused: {error.args[0] if error.args else error}"
         else:
-            told = getattr(error, "message", None) or str(error)
-        # The client puts the request before the API's words.
-        said = re.sub(r"^[A-Z]+ https?://\S+ ", "", " ".join(told.split())).rstrip(". ")
+            message = getattr(error, "message", None) or str(error)
+        # Google's client puts the request before the API's message.
+        message = re.sub(r"^[A-Z]+ https?://\S+ ", "", " ".join(message.split())).rstrip(". ")
         code = f" ({int(error.code)})" if getattr(error, "code", None) else ""
         where = f"project {self.project}, zone {self.zone}"
-        return f"Cannot {what} ({where}): {said[:500]}{code}. {self._advice(error, said)}"
+        return f"Cannot {what} ({where}): {message[:500]}{code}. {self._next_step(error, message)}"
 
-    def _advice(self, error: Exception, said: str) -> str:
+    def _next_step(self, error: Exception, message: str) -> str:
         project, zone = self.project, self.zone
         code = int(getattr(error, "code", 0) or 0)
         if isinstance(error, auth_exceptions.DefaultCredentialsError):
@@ -347,63 +366,72 @@ class CloudTpu:
             )
         if isinstance(error, auth_exceptions.GoogleAuthError) or code == 401:
             return (
-                "They may have expired. Log in again: "
-                "gcloud auth application-default login; or a new GCP_ACCESS_TOKEN"
+                "The credentials may have expired. Log in again: gcloud auth application-default "
+                "login; or set a new GCP_ACCESS_TOKEN"
             )
         if isinstance(error, requests.exceptions.RequestException) or code >= 500:
             return (
-                f"Is {self._endpoint} reachable from here (network, proxy, TPU_API_ENDPOINT)? "
-                "Try again in a minute"
+                f"Check that this machine reaches {self._endpoint} (network, proxy, "
+                "TPU_API_ENDPOINT), and try again in a minute"
             )
-        if code == 403 and re.search(r"disabled|has not been used", said):
-            return f"Enable it: gcloud services enable tpu.googleapis.com --project {project}"
-        if re.search(r"\b[Ll]ocation \S+ is not", said):
+        if code == 403 and re.search(r"disabled|has not been used", message):
             return (
-                f"Is {zone} a zone with TPUs? All of them: "
+                "Enable the Cloud TPU API: "
+                f"gcloud services enable tpu.googleapis.com --project {project}"
+            )
+        if re.search(r"\b[Ll]ocation \S+ is not", message):
+            return (
+                f"Check that {zone} is a zone with TPUs. List these zones: "
                 f"gcloud compute tpus locations list --project {project}"
             )
         if code == 403:
             return (
-                f"Is {project} the right project (its id, not its title)? Whoever logs in needs "
-                "roles/tpu.viewer there to see slices, and roles/tpu.admin to make them"
+                f"Check that {project} is the project's id, not its title. The account that logs "
+                "in needs roles/tpu.viewer there to list slices, and roles/tpu.admin to create them"
             )
         if code == 409:
-            return "The name is taken. Choose another one: export TPU_NAME=…"
-        if code == 429 and "capacity" in said:
-            return "Try again later, in another zone, or wait in the queue: -e queued=true"
+            return "The name is in use. Choose another one: export TPU_NAME=…"
+        if code == 429 and "capacity" in message:
+            return (
+                "Try again later or in another zone, or request a queued resource: -e queued=true"
+            )
         if code == 429:
             return (
-                "See the quota, and ask for more of it: "
+                "Check the quota, and request an increase: "
                 f"https://console.cloud.google.com/iam-admin/quotas?project={project}"
             )
-        if "ccelerator" in said:
+        if "ccelerator" in message:
             return (
-                "What the zone has: gcloud compute tpus accelerator-types list "
+                "List the zone's accelerator types: gcloud compute tpus accelerator-types list "
                 f"--zone {zone} --project {project}"
             )
-        if "untime" in said:
+        if "untime" in message:
             return (
-                "What the zone has: gcloud compute tpus versions list "
+                "List the zone's runtime versions: gcloud compute tpus versions list "
                 f"--zone {zone} --project {project}"
             )
-        return "Check project, zone and what was asked for"
+        return "Check the project, the zone and the arguments"
 
 
 def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.credentials.Credentials:
-    """Return the credentials that the ``options`` name; see the documentation of gcp_tpu."""
+    """Return the credentials that ``options`` describes, as documented in the inventory gcp_tpu.
+
+    Raises CloudTpuError for options that do not fit together or cannot be read.
+    """
     kind, scopes = options.get("auth_kind") or "application", options.get("scopes") or [SCOPE]
     address = urlsplit(endpoint)
     loopback = address.hostname in ("127.0.0.1", "::1", "localhost")
     if address.scheme != "https" and not (address.scheme == "http" and loopback):
         raise CloudTpuError(
-            f"api_endpoint is {endpoint!r}: an https:// address is needed, or http:// on this "
-            f"machine (127.0.0.1). Google's own is {ENDPOINT}"
+            f"api_endpoint is {endpoint!r}: allowed is an https:// address, or http:// with this "
+            f"machine's 127.0.0.1. The address of Google's API is {ENDPOINT}"
         )
     if kind == "anonymous":
         if address.scheme != "http":
             raise CloudTpuError(
-                f"auth_kind anonymous goes with an http:// endpoint on this machine, not with "
-                f"{endpoint}: use application, serviceaccount, machineaccount or accesstoken"
+                f"auth_kind is anonymous, and api_endpoint is {endpoint}: anonymous is allowed "
+                "with an http:// endpoint on this machine only. Use application, serviceaccount, "
+                "machineaccount or accesstoken"
             )
         return AnonymousCredentials()
     if kind == "application":
@@ -411,19 +439,23 @@ def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.creden
     if kind == "accesstoken":
         token = options.get("access_token")
         if not token:
-            raise CloudTpuError("auth_kind is accesstoken, but there is no GCP_ACCESS_TOKEN")
+            raise CloudTpuError(
+                "auth_kind is accesstoken, and no token is given: export GCP_ACCESS_TOKEN=…"
+            )
         return oauth2.Credentials(token)
     if kind == "machineaccount":
         email = options.get("service_account_email") or "default"
         return compute_engine.Credentials(service_account_email=email)
     if kind != "serviceaccount":
         raise CloudTpuError(
-            f"auth_kind is {kind!r}: application, serviceaccount, machineaccount, accesstoken or "
-            "anonymous is allowed"
+            f"auth_kind is {kind!r}: allowed are application, serviceaccount, machineaccount, "
+            "accesstoken and anonymous. Correct GCP_AUTH_KIND"
         )
     path, contents = options.get("service_account_file"), options.get("service_account_contents")
     if not path and not contents:
-        raise CloudTpuError("auth_kind is serviceaccount, but there is no GCP_SERVICE_ACCOUNT_FILE")
+        raise CloudTpuError(
+            "auth_kind is serviceaccount, and no key is given: export GCP_SERVICE_ACCOUNT_FILE=…"
+        )
     try:
         if path:
             return service_account.Credentials.from_service_account_file(
@@ -432,16 +464,20 @@ def credentials(options: Mapping[str, Any], endpoint: str) -> google.auth.creden
         info = json.loads(contents) if isinstance(contents, str) else dict(contents)
         return service_account.Credentials.from_service_account_info(info, scopes=scopes)
     except (OSError, ValueError) as error:
-        # The text of a key is a secret, and so is all of its parts.
-        detail = error.strerror if isinstance(error, OSError) else "it is no service account's key"
+        # The message of a ValueError may quote the key, which is a secret.
+        detail = (
+            error.strerror
+            if isinstance(error, OSError)
+            else "this is not the key of a service account"
+        )
         raise CloudTpuError(
             f"{path or 'service_account_contents'}: {detail}. "
-            "Make one: gcloud iam service-accounts keys create"
+            "Create a key: gcloud iam service-accounts keys create"
         ) from None
 
 
 def to_slice(node: tpu_v2.Node) -> Slice:
-    """Return what the API says of a node as plain data."""
+    """Return the API's description of a slice as plain data."""
     data = MessageToDict(tpu_v2.Node.pb(node))
     _, project, _, zone, _, name = data["name"].split("/")
     topology = data.get("acceleratorConfig", {}).get("topology", "")
@@ -489,10 +525,10 @@ def to_slice(node: tpu_v2.Node) -> Slice:
 
 
 def to_node(spec: Mapping[str, Any], project: str, zone: str) -> tpu_v2.Node:
-    """Return the node that is asked for.
+    """Return the API's description of a slice to create.
 
-    ``spec`` has the names of ``to_slice`` where both have it, and ``chip``, the chip's name for the
-    API, which a topology needs; what is empty is left to the API.
+    ``spec`` has the keys of ``to_slice`` that can be chosen, and ``api_type``, which the API needs
+    with a topology. The API chooses what is empty.
     """
     disks = f"projects/{project}/zones/{zone}/disks"
     node: dict[str, Any] = {
@@ -511,7 +547,7 @@ def to_node(spec: Mapping[str, Any], project: str, zone: str) -> tpu_v2.Node:
         ],
     }
     if spec["topology"]:
-        node["accelerator_config"] = {"type_": spec["chip"], "topology": spec["topology"]}
+        node["accelerator_config"] = {"type_": spec["api_type"], "topology": spec["topology"]}
     else:
         node["accelerator_type"] = spec["accelerator_type"]
     if spec["service_account"]:
