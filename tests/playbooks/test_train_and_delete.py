@@ -154,9 +154,9 @@ def test_restarts_come_to_an_end_and_are_for_preemption_alone(start: Start, tmp_
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"TPU_NAME": ""}, "which slice? export TPU_NAME"),
-        ({"RESTARTS": "many"}, "RESTARTS is many: a number is needed"),
-        ({"RESTARTS": "1"}, "RESTARTS=1 needs what outlives the slice"),
+        ({"TPU_NAME": ""}, "the slice is not named: export TPU_NAME"),
+        ({"RESTARTS": "many"}, "RESTARTS is many and must be a number"),
+        ({"RESTARTS": "1"}, "RESTARTS=1 needs a place for checkpoints that outlives the slice"),
     ],
 )
 def test_what_cannot_go_well_does_not_begin(
@@ -172,12 +172,14 @@ def test_a_slice_that_is_there_is_somebodys(start: Start, tmp_path: Path) -> Non
     (tmp_path / "there").touch()
     once = start()
     assert once.wait(20) == 2
-    assert "must not be there in the beginning. The inventory says: @all" in once.stdout.read()
+    words = once.stdout.read()
+    assert "the slice my-tpu must not exist yet" in words
+    assert "The inventory says: @all" in words
     assert not said(tmp_path)
 
 
 def test_a_disk_that_dies_with_the_slice_is_refused(start: Start, tmp_path: Path) -> None:
     once = start(RESTARTS="1", WORKER_DIR="/home/me")
     assert once.wait(20) == 2
-    assert "/home/me is on the worker's own disk" in once.stdout.read()
+    assert "WORKER_DIR is /home/me, which is on the worker's own disk" in once.stdout.read()
     assert calls(tmp_path) == ["slice.yml", "slice.yml"]
