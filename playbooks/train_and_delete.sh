@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# One training run on a slice that is there only for it. However that ends, the slice is deleted: after
-# an error, Ctrl-C, a closed terminal or a kill. After kill -9, `slice.yml -e expired=true` deletes it
-# once its MAX_HOURS are over.
+# Creates a slice, trains on it once, and deletes it, also after an error, Ctrl-C, a closed terminal or
+# SIGTERM. After SIGKILL, `slice.yml -e expired=true` deletes it once it is older than MAX_HOURS.
 #   make once SLICE='-e accelerator_type=v5p-16' TRAIN='-e gmm=true -e max_steps=100'
 set -euo pipefail
-# Every playbook is a process group of its own: a signal comes here first.
+# Job control gives every playbook its own process group, so that only this script receives Ctrl-C.
 set -m
 cd "$(dirname "$0")/.."
 
@@ -19,46 +18,46 @@ refuse() {
 }
 
 [[ -n ${TPU_NAME:-} && -n ${ZONE:-} && -n ${PROJECT:-} ]] \
-  || refuse 'which slice? export TPU_NAME=… ZONE=… PROJECT=…'
-[[ $restarts =~ ^[0-9]+$ ]] || refuse "RESTARTS is $restarts: a number is needed"
+  || refuse 'the slice is not named: export TPU_NAME=… ZONE=… PROJECT=…'
+[[ $restarts =~ ^[0-9]+$ ]] || refuse "RESTARTS is $restarts and must be a number, such as RESTARTS=3"
 bucket=
 [[ ${TRAIN:-} == *checkpoint_bucket=gs://* ]] && bucket=true
 if ((restarts)) || [[ $bucket ]]; then
-  # One name for all of its parts.
+  # After a restart the run is found again by its name.
   [[ ${TRAIN:-} == *run_name=* ]] || train+=(-e "run_name=${RUN_NAME:-once-$(date -u +%Y%m%d-%H%M%S)}")
 fi
 if ((restarts)) && [[ ! $bucket ]]; then
-  [[ ${WORKER_DIR:-} == /* ]] || refuse "RESTARTS=$restarts needs what outlives the slice, to resume from: \
+  [[ ${WORKER_DIR:-} == /* ]] || refuse "RESTARTS=$restarts needs a place for checkpoints that outlives the slice: \
 -e checkpoint_bucket=gs://… in TRAIN, or WORKER_DIR=…, a directory on a disk that every worker mounts"
-  # A directory for every worker.
+  # Each worker has its own directory below WORKER_DIR.
   train+=(-e "{\"worker_dir\": \"$WORKER_DIR/{{ inventory_hostname }}\"}")
 fi
 
-look() { ansible-inventory --inventory "$inventory" --graph 2>&1 | tr -s '[:space:]' ' '; }
+inventory_graph() { ansible-inventory --inventory "$inventory" --graph 2>&1 | tr -s '[:space:]' ' '; }
 
-# What is there already is somebody's, and would be deleted in the end.
-there=$(look || true)
-[[ $there == *'there is no TPU slice'* ]] || refuse "it deletes the slice in the end, so the slice must \
-not be there in the beginning. The inventory says: $there"
+# A slice that exists already may be in use, and would be deleted at the end.
+graph=$(inventory_graph || true)
+[[ $graph == *'there is no TPU slice'* ]] || refuse "the slice $TPU_NAME is deleted in the end, so it must not \
+be there in the beginning. The inventory says: $graph. Choose another TPU_NAME, or delete the slice first"
 
-child=
+playbook=
 play() {
-  # Whoever started this in the background has made it deaf to Ctrl-C's signal; a playbook must not be.
+  # A script that is started in the background ignores SIGINT; its playbooks must not, to be interruptible.
   env --default-signal=INT ansible-playbook --inventory "$inventory" "$@" < /dev/null &
-  child=$!
+  playbook=$!
   local code=0
-  wait "$child" || code=$?
-  child=
+  wait "$playbook" || code=$?
+  playbook=
   return "$code"
 }
 
-down() {
+delete_slice() {
   local code=$?
   trap '' INT TERM HUP
   trap - EXIT
-  if [[ -n $child ]]; then
-    kill -INT -- "-$child" 2> /dev/null || true
-    wait "$child" || true
+  if [[ -n $playbook ]]; then
+    kill -INT -- "-$playbook" 2> /dev/null || true
+    wait "$playbook" || true
   fi
   for _ in 1 2 3; do
     if play slice.yml -e state=absent; then exit "$code"; fi
@@ -68,29 +67,30 @@ down() {
     "tpu-vm delete $TPU_NAME --zone $ZONE --project $PROJECT" >&2
   exit 1
 }
-trap down EXIT
+trap delete_slice EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
-# With the terminal goes its output, and a playbook that cannot write ends.
+# A closed terminal takes no more output, and a playbook that cannot write ends: log to a file instead.
 trap 'mkdir -p .cache && exec >> .cache/once.log 2>&1; exit 129' HUP
 
-outlives() {
+require_lasting_worker_dir() {
   ((restarts == 0)) || [[ $bucket ]] && return
   ansible --inventory "$inventory" tpu_workers --module-name ansible.builtin.shell \
     --args "test \"\$(df --output=target '$WORKER_DIR' | tail -n 1)\" != /" \
-    || refuse "$WORKER_DIR is on the worker's own disk, or not there: nothing in it outlives the slice"
+    || refuse "WORKER_DIR=$WORKER_DIR is on the worker's own disk or does not exist, and must be on a \
+disk that outlives the slice: mount one there, or save to a bucket with -e checkpoint_bucket=gs://… in TRAIN"
 }
 
 for ((restart = 0; ; restart++)); do
   code=0
   if play slice.yml -e state=present "${slice[@]}"; then
-    outlives
+    require_lasting_worker_dir
     if play site.yml "${train[@]}" && play train.yml "${train[@]}"; then exit 0; else code=$?; fi
   else
     code=$?
   fi
   ((restart < restarts)) || exit "$code"
-  there=$(look || true)
-  [[ $there =~ \ is\ (PREEMPTED|TERMINATED)|'there is no TPU slice' ]] || exit "$code"
+  graph=$(inventory_graph || true)
+  [[ $graph =~ \ is\ (PREEMPTED|TERMINATED)|'there is no TPU slice' ]] || exit "$code"
   echo "make once: $TPU_NAME was preempted; restart $((restart + 1)) of $restarts"
 done

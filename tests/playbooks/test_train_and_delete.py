@@ -154,9 +154,9 @@ def test_restarts_come_to_an_end_and_are_for_preemption_alone(start: Start, tmp_
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"TPU_NAME": ""}, "which slice? export TPU_NAME"),
-        ({"RESTARTS": "many"}, "RESTARTS is many: a number is needed"),
-        ({"RESTARTS": "1"}, "RESTARTS=1 needs what outlives the slice"),
+        ({"TPU_NAME": ""}, "the slice is not named: export TPU_NAME"),
+        ({"RESTARTS": "many"}, "RESTARTS is many and must be a number"),
+        ({"RESTARTS": "1"}, "RESTARTS=1 needs a place for checkpoints that outlives the slice"),
     ],
 )
 def test_what_cannot_go_well_does_not_begin(

@@ -94,10 +94,12 @@ def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_
         "trainer_image_stack": "release",
         "trainer_image_source_dir": str(tmp_path),
         "trainer_image__found": {"images": [{"RootFS": {"Layers": []}}]},
-        "trainer_image__workers": [[]],
+        "trainer_image__images_of_workers": [[]],
     }
     templar = Templar(loader, variables=variables)
-    command = templar.template(steps["Archive what workers lack"]["run_with_progress"]["cmd"])
+    command = templar.template(
+        steps["Archive the layers that workers lack"]["run_with_progress"]["cmd"]
+    )
 
     (tmp_path / ".cache").mkdir()
     image, docker = tmp_path / "image.tar", tmp_path / "docker"

@@ -80,7 +80,10 @@ def test_a_run_after_a_dead_run_is_left_to_itself(
     w1.run("touch /tmp/libtpu_lockfile")
     detached = train(max_steps=MANY_STEPS, detach=True)
     assert detached.end() == 0
-    for task in ("Remove the container of an earlier run", "Remove the lock of a dead process"):
+    for task in (
+        "Remove the container of an earlier run",
+        "Remove the libtpu lock of a dead process",
+    ):
         said = detached.screen.partition(f"TASK [train : {task}]")[2].partition("TASK")[0]
         assert "changed: [sim-w1]" in said
     status = playbook("status.yml")

@@ -207,7 +207,7 @@ def test_a_run_ends_when_it_is_asked_to_and_when_nobody_follows_it(
     assert preloaded.strip() == "LD_PRELOAD="
     assert not w1.run("docker ps --quiet")
     status = finished("status.yml")
-    assert "trains since" in status.screen
+    assert "training since" in status.screen
     run.signal(signal.SIGKILL)
     stop = finished("stop.yml", "--limit=sim-w0")
     assert stop.code == 0

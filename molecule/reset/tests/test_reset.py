@@ -60,7 +60,7 @@ def reset(finished: Callable[..., Playbook]) -> Callable[..., Playbook]:
 def test_without_a_word_nothing_goes(reset: Callable[..., Playbook]) -> None:
     run = reset()
     assert run.code != 0
-    assert "If that is meant, say -e confirm=true" in run.table
+    assert "run it again with -e confirm=true" in run.table
     assert all(there(PROVISIONED))
 
 
