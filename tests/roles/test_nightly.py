@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.index import ALWAYS, Fault, Index, wheel
+from tests.servers.faults import ALWAYS, Fault
+from tests.servers.index import Index, wheel
 
 ROOT = Path(__file__).parents[2]
 ANSIBLE = Path(sys.executable).with_name("ansible-playbook")

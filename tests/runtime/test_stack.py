@@ -11,7 +11,8 @@ from pathlib import Path
 import pip
 import pytest
 
-from tests.servers.index import ALWAYS, BRANCH, RUN_CLM, Fault, Index, Wheel, fork, wheel
+from tests.servers.faults import ALWAYS, Fault
+from tests.servers.index import BRANCH, RUN_CLM, Index, Wheel, fork, wheel
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
 REQUIREMENTS = RUNTIME / "requirements"

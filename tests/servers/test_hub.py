@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import close_session
 
 from tests.servers.authority import certify
-from tests.servers.hub import Fault, Hub, sha256
+from tests.servers.faults import Fault
+from tests.servers.hub import Hub, sha256
 
 WEIGHTS = random.Random(7).randbytes(12_000_000)
 FILES = {"config.json": b"{}\n", "onnx/small.bin": b"x" * 1000, "onnx/model.bin": WEIGHTS}

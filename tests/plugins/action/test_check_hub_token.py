@@ -15,7 +15,8 @@ from plugins.action.check_hub_token import (
     owner,
     unreadable,
 )
-from tests.servers.hub import Fault, Hub
+from tests.servers.faults import Fault
+from tests.servers.hub import Hub
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import yaml
 from plugins.action.slice import ActionModule
 from plugins.action.slice_info import ActionModule as InfoModule
 from plugins.module_utils.cloud_tpu import CloudTpuError, shape
-from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.servers.faults import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS = yaml.safe_load((ROOT / "roles/slice/defaults/main.yml").read_text())
@@ -211,7 +212,7 @@ def test_what_outlived_its_hours_is_deleted_and_nothing_else(api: TpuApi, act: A
 def test_what_cannot_be_deleted_keeps_nothing_else_alive(api: TpuApi, act: Act) -> None:
     for name in ("a", "b", "c"):
         api.add(name, hours=3, labels={"max-minutes": "120"})
-    api.faults.append(Fault("DELETE .*/nodes/a", 403, "the caller may not delete a"))
+    api.faults.append(Fault("DELETE .*/nodes/a", 403, message="the caller may not delete a"))
     told = act("", expired=True, name="")
     assert told["failed"]
     assert told["changed"]
@@ -268,7 +269,7 @@ def test_what_cannot_be_wanted_is_refused(
 
 
 def test_a_name_that_something_else_has_taken(api: TpuApi, act: Act) -> None:
-    api.faults.append(Fault("POST .*/nodes", 409, "Resource 'my-tpu' already exists"))
+    api.faults.append(Fault("POST .*/nodes", 409, message="Resource 'my-tpu' already exists"))
     assert "The name is taken" in act("present", accelerator_type="v5p-16")["msg"]
     api.add("my-tpu", state="STOPPED")
     assert "gcloud compute tpus tpu-vm start my-tpu" in act("present")["msg"]

@@ -16,7 +16,8 @@ from ansible.plugins.loader import inventory_loader
 from ansible.template import Templar
 from ansible.utils.context_objects import CLIArgs
 
-from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.servers.faults import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 Read = Callable[..., InventoryData]
@@ -255,7 +256,8 @@ def test_the_cache_spares_requests_until_it_is_refreshed(
 
 def test_a_busy_api_is_asked_again(api: TpuApi, read: Read) -> None:
     api.add("my-tpu")
-    api.faults += [Fault("nodes", 503), Fault("nodes", 429, "Quota exceeded for quota metric")]
+    quota = "Quota exceeded for quota metric"
+    api.faults += [Fault("nodes", 503), Fault("nodes", 429, message=quota)]
     assert "my-tpu-w1" in read().hosts
     assert len(api.requests) == 3
 
@@ -312,7 +314,7 @@ def test_what_was_wrong_is_one_line_with_what_to_do(
 def test_what_the_api_refuses_is_told_with_what_to_do(
     api: TpuApi, read: Read, status: int, message: str, words: str
 ) -> None:
-    api.faults.append(Fault("nodes", status, message))
+    api.faults.append(Fault("nodes", status, message=message))
     with pytest.raises(AnsibleParserError) as caught:
         read()
     assert f"{message.rstrip('.')} ({status}). " in str(caught.value)
