@@ -1,15 +1,10 @@
 """Names and values that a user sets, against what this repository knows."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from plugins.action.check_variables import public_names, role_options, unfit, unknown
+from tests.playbook import ROOT, run_playbook
 
-ROOT = Path(__file__).parents[3]
 OPTIONS = role_options(ROOT / "roles")
 PUBLIC = public_names(ROOT / "playbooks/group_vars/all.yml", OPTIONS)
 
@@ -79,29 +74,15 @@ def test_what_can_be_meant_passes(values):
     assert not unfit(values, PUBLIC)
 
 
-def run_opening(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            Path(sys.executable).with_name("ansible-playbook"),
-            "playbooks/check_workers.yml",
-            *arguments,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_ansible_passes_what_is_right():
-    assert run_opening("-e", "gmm=true", "-e", '{"max_steps": 3}').returncode == 0
+    run = run_playbook("playbooks/check_workers.yml", "-e", "gmm=true", max_steps=3)
+    assert run.code == 0
 
 
 def test_ansible_refuses_and_names_everything_that_is_wrong(tmp_path):
     extra = tmp_path / "extra.yml"
     extra.write_text("gmm: maybe\nmax_stepps: 3\n")
-    result = run_opening("-e", f"@{extra}")
-    assert result.returncode != 0
-    assert "'maybe' is not a valid boolean" in result.stdout
-    assert "-e max_stepps: there is no such variable. Did you mean max_steps?" in result.stdout
+    run = run_playbook("playbooks/check_workers.yml", "-e", f"@{extra}")
+    assert run.code != 0
+    assert "'maybe' is not a valid boolean" in run.screen
+    assert "-e max_stepps: there is no such variable. Did you mean max_steps?" in run.screen
