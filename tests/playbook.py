@@ -113,10 +113,10 @@ class Playbook:
 
 
 def run_playbook(name: str | Path, *options: str | Path, **more: object) -> Playbook:
-    """Run a Playbook to its end, for a minute and a half at most."""
+    """Run a Playbook to its end, which must come within four minutes."""
     run = Playbook(name, *options, **more)
     try:
-        run.end(90)
+        run.end()
     finally:
         run.abort()
     return run

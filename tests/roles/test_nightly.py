@@ -6,22 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.playbook import Playbook, run_playbook, write_inventory
+from tests.playbook import Playbook, run_playbook, write_inventory, write_play
 from tests.servers.faults import ALWAYS, Fault
 from tests.servers.index import Index, wheel
 
 OLD, NEW = "20250928", "20250929"
 # Every worker has a directory of its own here. One that --limit leaves out is an item of a loop.
-PLAY = """
-- hosts: tpu_workers
-  gather_facts: false
-  tasks:
-    - ansible.builtin.include_role: {name: nightly, tasks_from: "{{ part }}"}
-      loop: "{{ entry.split() }}"
-      loop_control: {loop_var: part}
-      vars: {nightly_worker_dir: "{{ directory }}/{{ item | default(inventory_hostname) }}"}
-    - ansible.builtin.debug: {msg: "the day is {{ nightly__date | default('forgotten') }}"}
-"""
+DIRECTORY = "{{ directory }}/{{ item | default(inventory_hostname) }}"
+TELL = {"ansible.builtin.debug": {"msg": "the day is {{ nightly__date | default('forgotten') }}"}}
 
 
 @pytest.fixture
@@ -51,12 +43,15 @@ def play(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         nightly_workers=list(workers),
         nightly_sources=sources,
     )
-    playbook = tmp_path / "play.yml"
-    playbook.write_text(PLAY)
 
-    def run(entry: str, *words: str, **variables: str) -> Playbook:
+    def run(parts: str, *words: str, **variables: str) -> Playbook:
+        tasks = []
+        for part in parts.split():
+            role = {"name": "nightly", "tasks_from": part}
+            day = {"nightly_worker_dir": DIRECTORY}
+            tasks += [{"ansible.builtin.include_role": role, "vars": day}, TELL]
         ran = run_playbook(
-            playbook,
+            write_play(tmp_path, *tasks),
             *words,
             inventory=inventory,
             environment={
@@ -65,7 +60,6 @@ def play(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
                 "PIP_CONFIG_FILE": os.devnull,
                 "PIP_RETRIES": "0",
             },
-            entry=entry,
             **variables,
         )
         assert "secret" not in ran.screen
@@ -74,9 +68,16 @@ def play(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return run
 
 
-def told(ran: Playbook, day: str) -> bool:
-    """Return whether a play has ended well, and both workers with this day."""
-    return ran.code == 0 and ran.screen.count(f"the day is {day}") == 2
+def told(ran: Playbook, day: str, parts: int = 1) -> bool:
+    """Return whether a play has ended well, and each of its parts with this day on both workers."""
+    return ran.code == 0 and ran.screen.count(f"the day is {day}") == 2 * parts
+
+
+def note(directory: Path, **days: str) -> None:
+    """Write down which day a worker has."""
+    for worker, day in days.items():
+        (directory / worker).mkdir()
+        (directory / worker / "nightly_date").write_text(f"{day}\n")
 
 
 def noted(tmp_path: Path) -> list[str]:
@@ -86,23 +87,21 @@ def noted(tmp_path: Path) -> list[str]:
 def test_the_newest_is_asked_for_once_and_kept_from_then_on(play, index, tmp_path):
     index.login = "ada:secret"
     ran = play("main record", "--check", "-vvv")
-    assert told(ran, NEW)
+    assert told(ran, NEW, parts=2)
     assert not noted(tmp_path)
-    assert told(play("main record"), NEW)
+    assert told(play("main record"), NEW, parts=2)
     assert noted(tmp_path) == [NEW, NEW]
     assert index.asked("GET /nightly/torch/") == 2
 
     # From now on the slice itself says it, whatever is new.
     index.faults.append(Fault("/", times=ALWAYS))
-    again = play("main record")
-    assert told(again, NEW)
+    again = play("read main record")
+    assert told(again, NEW, parts=3)
     assert not again.changed
-    assert told(play("read"), NEW)
 
 
 def test_a_worker_that_was_made_anew_gets_what_the_others_have(play, index, tmp_path):
-    (tmp_path / "w0").mkdir()
-    (tmp_path / "w0/nightly_date").write_text(f"{OLD}\n")
+    note(tmp_path, w0=OLD)
     ran = play("main record", "--limit", "w1")
     assert ran.code == 0
     assert noted(tmp_path) == [OLD, OLD]
@@ -110,18 +109,17 @@ def test_a_worker_that_was_made_anew_gets_what_the_others_have(play, index, tmp_
 
 
 def test_a_day_that_is_asked_for_is_taken_and_asks_nobody(play, index, tmp_path):
-    assert told(play("main record", nightly_requested_date=NEW), NEW)
-    assert told(play("main record", nightly_requested_date=OLD), OLD)
+    assert told(play("main", nightly_requested_date=NEW), NEW)
+    note(tmp_path, w0=NEW, w1=NEW)
+    assert told(play("main record", nightly_requested_date=OLD), OLD, parts=2)
     assert noted(tmp_path) == [OLD, OLD]
     assert not index.requests
-    refused = play("main record", nightly_requested_date="2025-09-28")
+    refused = play("main", nightly_requested_date="2025-09-28")
     assert "2025-09-28 is no day of a nightly" in refused.screen
 
 
 def test_workers_with_different_days_are_refused(play, tmp_path):
-    for worker, day in {"w0": OLD, "w1": NEW}.items():
-        (tmp_path / worker).mkdir()
-        (tmp_path / worker / "nightly_date").write_text(f"{day}\n")
+    note(tmp_path, w0=OLD, w1=NEW)
     ran = play("read")
     assert ran.code == 2
     assert f"different nightlies: {OLD}, {NEW}" in ran.screen
@@ -143,6 +141,6 @@ def test_an_index_that_is_down_ends_it_and_its_login_is_not_shown(play, index, t
 
 
 def test_a_reset_forgets_it(play, tmp_path):
-    assert told(play("main record", nightly_requested_date=OLD), OLD)
+    note(tmp_path, w0=OLD, w1=OLD)
     assert told(play("reset"), "forgotten")
     assert not noted(tmp_path)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from plugins.callback.run_report import failures, results, table, what_to_do
-from tests.playbook import run_playbook, write_play
+from tests.playbook import run_playbook, write_inventory, write_play
 
 REPORT = {
     "run_id": "20260102-030405",
@@ -151,42 +151,45 @@ def test_a_run_is_shown_after_the_recap(tmp_path, run_dir):
     assert shown.rstrip().endswith("RuntimeError: boom")
 
 
-def test_a_failure_before_the_run_is_said_again_after_the_recap(tmp_path):
-    shown = shown_at_the_end(
-        tmp_path, {"name": "Look", "ansible.builtin.fail": {"msg": "no such thing"}}
-    )
-    assert "what happened  no such thing" in shown
-
-
-def test_of_a_loop_every_item_that_failed_is_said(tmp_path):
-    shown = shown_at_the_end(
-        tmp_path,
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """What stands at the end when workers have failed: at a task, in a loop, at connecting."""
+    directory = tmp_path_factory.mktemp("failed")
+    nobody = {
+        "ansible_connection": "ssh",
+        "ansible_host": "localhost",
+        "ansible_port": 1,
+        "ansible_ssh_retries": 0,
+        "ansible_ssh_common_args": "-o UserKnownHostsFile=/dev/null",
+    }
+    tasks = [
         {
-            "name": "Look",
+            "ansible.builtin.fail": {"msg": "no such thing"},
+            "when": "inventory_hostname == 'task'",
+        },
+        {
             "ansible.builtin.assert": {"that": "item != 'b'", "fail_msg": "{{ item }} is wrong"},
             "loop": ["a", "b"],
+            "when": "inventory_hostname == 'loop'",
         },
-    )
-    assert "what happened  b is wrong" in shown
-    assert "a is wrong" not in shown
+        {"ansible.builtin.ping": {}, "when": "inventory_hostname == 'nobody'"},
+    ]
+    workers = write_inventory(directory, {"task": {}, "loop": {}, "nobody": nobody})
+    return run_playbook(write_play(directory, *tasks), inventory=workers).recap
 
 
-def test_a_worker_that_cannot_be_reached_has_a_next_step(tmp_path):
-    shown = shown_at_the_end(
-        tmp_path,
-        {
-            "name": "Look",
-            "ansible.builtin.ping": {},
-            "vars": {
-                "ansible_connection": "ssh",
-                "ansible_port": 1,
-                "ansible_ssh_retries": 0,
-                "ansible_ssh_common_args": "-o UserKnownHostsFile=/dev/null",
-            },
-        },
-    )
-    assert "ssh: connect to host localhost port 1: Connection refused" in shown
-    assert "what to do     is it up, and at this address?" in shown
+def test_a_failure_before_the_run_is_said_again_after_the_recap(failed):
+    assert "what happened  no such thing" in failed
+
+
+def test_of_a_loop_every_item_that_failed_is_said(failed):
+    assert "what happened  b is wrong" in failed
+    assert "a is wrong" not in failed
+
+
+def test_a_worker_that_cannot_be_reached_has_a_next_step(failed):
+    assert "ssh: connect to host localhost port 1: Connection refused" in failed
+    assert "what to do     is it up, and at this address?" in failed
 
 
 def test_a_success_without_a_run_says_nothing(tmp_path):
