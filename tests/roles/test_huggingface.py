@@ -94,7 +94,7 @@ def watch(word: str) -> Iterator[set[str]]:
         watcher.join()
 
 
-def holders(word: str, directory: Path) -> set[Path]:
+def files_with(word: str, directory: Path) -> set[Path]:
     """The files below a directory that hold ``word``."""
     files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
     return {path for path in files if word.encode() in path.read_bytes()}
@@ -126,7 +126,7 @@ def test_a_good_token_is_stored_once_and_shown_nowhere(play, hub, good, stored, 
     assert not second.changed
     assert good not in first.screen + second.screen
     assert not seen
-    assert holders(good, tmp_path) == {stored, file, tmp_path / "variables.yml"}
+    assert files_with(good, tmp_path) == {stored, file, tmp_path / "variables.yml"}
 
     # A bad one does not take its place, another good one does, and a log-out leaves neither.
     assert play(hf_token="hf_of-nobody").code == 2
@@ -173,7 +173,7 @@ def test_a_hub_that_is_not_there_is_named(play, good, stored):
     assert not stored.exists()
 
 
-def test_what_can_be_no_token_is_refused(play, hub, stored):
+def test_a_malformed_token_is_refused(play, hub, stored):
     run = play(hf_token="hf_two words")
     assert run.code == 2
     assert "The Hugging Face token in the variable hf_token has white space in it" in run.words

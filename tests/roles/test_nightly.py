@@ -68,58 +68,58 @@ def play(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     return run
 
 
-def told(ran: Playbook, day: str, parts: int = 1) -> bool:
+def agrees(ran: Playbook, day: str, parts: int = 1) -> bool:
     """Return whether a play has ended well, and each of its parts with this day on both workers."""
     return ran.code == 0 and ran.screen.count(f"the day is {day}") == 2 * parts
 
 
-def note(directory: Path, **days: str) -> None:
+def write_days(directory: Path, **days: str) -> None:
     """Write down which day a worker has."""
     for worker, day in days.items():
         (directory / worker).mkdir()
         (directory / worker / "nightly_date").write_text(f"{day}\n")
 
 
-def noted(tmp_path: Path) -> list[str]:
+def days(tmp_path: Path) -> list[str]:
     return [file.read_text().strip() for file in sorted(tmp_path.glob("w*/nightly_date"))]
 
 
 def test_the_newest_is_asked_for_once_and_kept_from_then_on(play, index, tmp_path):
     index.login = "ada:secret"
     ran = play("main record", "--check", "-vvv")
-    assert told(ran, NEW, parts=2)
-    assert not noted(tmp_path)
-    assert told(play("main record"), NEW, parts=2)
-    assert noted(tmp_path) == [NEW, NEW]
+    assert agrees(ran, NEW, parts=2)
+    assert not days(tmp_path)
+    assert agrees(play("main record"), NEW, parts=2)
+    assert days(tmp_path) == [NEW, NEW]
     assert index.asked("GET /nightly/torch/") == 2
 
     # From now on the slice itself says it, whatever is new.
     index.faults.append(Fault("/", times=ALWAYS))
     again = play("read main record")
-    assert told(again, NEW, parts=3)
+    assert agrees(again, NEW, parts=3)
     assert not again.changed
 
 
 def test_a_worker_that_was_made_anew_gets_what_the_others_have(play, index, tmp_path):
-    note(tmp_path, w0=OLD)
+    write_days(tmp_path, w0=OLD)
     ran = play("main record", "--limit", "w1")
     assert ran.code == 0
-    assert noted(tmp_path) == [OLD, OLD]
+    assert days(tmp_path) == [OLD, OLD]
     assert not index.requests
 
 
 def test_a_day_that_is_asked_for_is_taken_and_asks_nobody(play, index, tmp_path):
-    assert told(play("main", nightly_requested_date=NEW), NEW)
-    note(tmp_path, w0=NEW, w1=NEW)
-    assert told(play("main record", nightly_requested_date=OLD), OLD, parts=2)
-    assert noted(tmp_path) == [OLD, OLD]
+    assert agrees(play("main", nightly_requested_date=NEW), NEW)
+    write_days(tmp_path, w0=NEW, w1=NEW)
+    assert agrees(play("main record", nightly_requested_date=OLD), OLD, parts=2)
+    assert days(tmp_path) == [OLD, OLD]
     assert not index.requests
     refused = play("main", nightly_requested_date="2025-09-28")
     assert "2025-09-28 is no day of a nightly" in refused.screen
 
 
 def test_workers_with_different_days_are_refused(play, tmp_path):
-    note(tmp_path, w0=OLD, w1=NEW)
+    write_days(tmp_path, w0=OLD, w1=NEW)
     ran = play("read")
     assert ran.code == 2
     assert f"different nightlies: {OLD}, {NEW}" in ran.screen
@@ -137,10 +137,10 @@ def test_an_index_that_is_down_ends_it_and_its_login_is_not_shown(play, index, t
     ran = play("main")
     assert ran.code == 2
     assert f"http://***@{index.host}/nightly lists no nightly torch" in ran.words
-    assert not noted(tmp_path)
+    assert not days(tmp_path)
 
 
-def test_a_reset_forgets_it(play, tmp_path):
-    note(tmp_path, w0=OLD, w1=OLD)
-    assert told(play("reset"), "forgotten")
-    assert not noted(tmp_path)
+def test_a_reset_forgets_the_day(play, tmp_path):
+    write_days(tmp_path, w0=OLD, w1=OLD)
+    assert agrees(play("reset"), "forgotten")
+    assert not days(tmp_path)

@@ -58,7 +58,9 @@ def test_what_users_say_is_what_the_api_is_asked_for(api: TpuApi, play: Play) ->
     assert "Traceback" not in other.screen
 
 
-def test_what_is_no_value_is_refused_before_anything_is_asked(api: TpuApi, play: Play) -> None:
+def test_wrong_names_and_values_are_refused_before_the_api_is_asked(
+    api: TpuApi, play: Play
+) -> None:
     refused = play("state=present", "spot=maybe", "acelerator_type=v5p-8")
     assert refused.code == 2
     assert (

@@ -21,7 +21,9 @@ from tests.playbook import ROOT, run_playbook, write_play
         ),
     ],
 )
-def test_the_log_has_the_last_word(tmp_path, tasks, variables, words) -> None:
+def test_a_service_that_does_not_answer_is_told_with_the_end_of_its_log(
+    tmp_path, tasks, variables, words
+) -> None:
     (tmp_path / "log").write_text("the disk is full\n")
     # What has to be installed and started before is left out.
     all_tasks = yaml.safe_load((ROOT / "roles" / tasks).read_text())

@@ -184,7 +184,7 @@ def test_a_stack_must_be_on_the_worker():
     assert "site.yml -e runtime=native -e stack=nightly" in complaint
 
 
-def test_the_right_image_is_nothing_to_say():
+def test_the_right_image_is_no_complaint():
     assert not list(image_complaints("t:release", [image("a" * 64)], "a" * 64))
 
 
@@ -196,7 +196,7 @@ def test_the_right_image_is_nothing_to_say():
         ([image(None)], "is not set"),
     ],
 )
-def test_an_image_that_is_not_the_right_one(found, said):
+def test_a_missing_or_another_image_is_named(found, said):
     (complaint,) = image_complaints("t:release", found, "a" * 64)
     assert said in complaint
     assert "site.yml" in complaint
@@ -213,7 +213,7 @@ def configuration(tmp_path):
     return result
 
 
-def test_a_file_that_is_the_controllers_is_nothing_to_say(configuration):
+def test_a_file_that_is_the_controllers_is_no_complaint(configuration):
     checksum = hashlib.sha1(b"{}\n").hexdigest()
     same = configuration(exists=True, path="/home/me/config.json", checksum=checksum)
     assert not list(configuration_complaints([same]))

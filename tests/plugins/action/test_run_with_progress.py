@@ -63,7 +63,7 @@ def test_a_killed_command_is_not_waited_for(play):
     assert "going" in ran.screen
 
 
-def test_it_shows_that_it_moves(monkeypatch, tmp_path):
+def test_progress_is_the_log_s_last_line(monkeypatch, tmp_path):
     def shell_out(command: str) -> str:
         return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True).stdout
 

@@ -50,7 +50,7 @@ def test_a_failure_is_told_in_docker_s_words(load):
     assert "was not loaded: no space left on device. 1 of 3 MiB were sent" in ran.screen
 
 
-def test_it_goes_the_way_that_ansible_goes(load, tmp_path):
+def test_it_takes_ansible_s_own_connection_and_sudo(load, tmp_path):
     # The last argument is the command for the worker, and there sudo is.
     script(tmp_path / "ssh", f'echo "$@" >> {tmp_path}/ways; for it; do :; done; exec sh -c "$it"')
     script(
@@ -96,7 +96,7 @@ def test_check_mode_loads_nothing(load, tmp_path):
     assert not (tmp_path / "seen").exists()
 
 
-def test_it_shows_how_far_it_is(monkeypatch, tmp_path):
+def test_progress_is_shown_in_mib(monkeypatch, tmp_path):
     lines = []
     monkeypatch.setattr(stream_image, "SHOW_SECONDS", 0.2)
     monkeypatch.setattr(stream_image.display, "display", lines.append)
@@ -110,5 +110,5 @@ def test_it_shows_how_far_it_is(monkeypatch, tmp_path):
     assert lines[0] == "  [w0] 0:00  2 of 3 MiB"
 
 
-def test_what_is_left_to_do_is_the_engine_s():
+def test_once_all_is_sent_the_engine_is_said_to_work():
     assert stream_image.progress(125, 5 * MIB, 5 * MIB).startswith("2:05  all 5 MiB sent")

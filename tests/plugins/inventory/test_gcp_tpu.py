@@ -207,7 +207,7 @@ def test_slices_in_other_states_stay_out_and_are_named(api: TpuApi, read: Read, 
     assert "gone-w1" in read(states=["READY", "PREEMPTED"]).hosts
 
 
-def test_nothing_is_never_taken_for_success(api: TpuApi, read: Read) -> None:
+def test_no_slice_is_an_error_unless_one_is_to_be_made(api: TpuApi, read: Read) -> None:
     api.add("gone", state="PREEMPTED")
     with pytest.raises(AnsibleParserError, match=r"^gone is PREEMPTED: left out"):
         read(names=["gone"])
@@ -284,7 +284,7 @@ def test_a_busy_api_is_asked_again(api: TpuApi, read: Read) -> None:
         ({"projects": [], "zones": []}, "which projects? export PROJECT"),
     ],
 )  # fmt: skip
-def test_what_was_wrong_is_one_line_with_what_to_do(
+def test_an_error_is_one_line_with_what_to_do(
     api: TpuApi, read: Read, monkeypatch, tmp_path: Path, options: dict, words: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -311,7 +311,7 @@ def test_what_was_wrong_is_one_line_with_what_to_do(
         (404, "Requested entity was not found.", "Check project, zone"),
     ],
 )
-def test_what_the_api_refuses_is_told_with_what_to_do(
+def test_a_refusal_of_the_api_is_told_with_what_to_do(
     api: TpuApi, read: Read, status: int, message: str, words: str
 ) -> None:
     api.faults.append(Fault("nodes", status, message=message))
