@@ -18,6 +18,7 @@ from huggingface_hub.utils import close_session
 from tests.servers.authority import certify
 from tests.servers.faults import Fault
 from tests.servers.hub import Hub, sha256
+from tests.servers.hub_client import fresh_client
 
 WEIGHTS = random.Random(7).randbytes(12_000_000)
 FILES = {"config.json": b"{}\n", "onnx/small.bin": b"x" * 1000, "onnx/model.bin": WEIGHTS}
@@ -26,14 +27,10 @@ FILES = {"config.json": b"{}\n", "onnx/small.bin": b"x" * 1000, "onnx/model.bin"
 @pytest.fixture
 def hub(monkeypatch):
     """A hub with an open and a gated model. The client asks nobody else, and keeps to itself."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    close_session()
-    with Hub() as hub:
+    with fresh_client(monkeypatch), Hub() as hub:
         hub.add("org/open", FILES)
         hub.add("org/gated", FILES, gated=True)
         yield hub
-    close_session()
 
 
 @pytest.fixture
@@ -143,10 +140,8 @@ def test_a_busy_hub_is_asked_again(hub, download, status):
 
 
 def test_it_speaks_tls_to_those_who_trust_its_authority(monkeypatch, tmp_path):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     tls, trusted = certify(tmp_path)
-    with Hub(tls) as hub:
+    with fresh_client(monkeypatch), Hub(tls) as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token("grace"))
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
         close_session()
@@ -155,7 +150,6 @@ def test_it_speaks_tls_to_those_who_trust_its_authority(monkeypatch, tmp_path):
         close_session()
         with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             api.whoami()
-    close_session()
 
 
 def test_reads_are_recorded_with_their_user(hub, download):

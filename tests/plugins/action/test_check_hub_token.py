@@ -3,8 +3,7 @@
 import socket
 
 import pytest
-from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import close_session
+from huggingface_hub import HfApi
 
 from plugins.action import check_hub_token
 from plugins.action.check_hub_token import (
@@ -17,6 +16,7 @@ from plugins.action.check_hub_token import (
 )
 from tests.servers.faults import Fault
 from tests.servers.hub import Hub
+from tests.servers.hub_client import fresh_client
 
 
 @pytest.fixture
@@ -29,12 +29,8 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    close_session()
-    with Hub() as hub:
+    with fresh_client(monkeypatch), Hub() as hub:
         yield hub
-    close_session()
 
 
 def api(hub, token: str) -> HfApi:
