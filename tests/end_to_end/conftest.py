@@ -1,14 +1,14 @@
 """One short run after a plan, and a browser to look at what they leave."""
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.playbook import ROOT, Playbook
+
 STEPS = 12
 
 
@@ -21,15 +21,10 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def screen(plans: Path) -> str:
     """What a short run prints, shown as it comes; it must end well."""
-    command = ["ansible-playbook", "train.yml", "-e", "gmm=true", "-e", f"max_steps={STEPS}"]
-    command += ["-e", "plan=true", "-e", "accelerator_type=v5p-8", "-e", f"train_plans_dir={plans}"]
-    lines = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
-        for line in run.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-    assert run.returncode == 0
-    return "".join(lines)
+    options = {"gmm": True, "max_steps": STEPS, "plan": True, "accelerator_type": "v5p-8"}
+    run = Playbook("train.yml", train_plans_dir=str(plans), **options)
+    assert run.end(seconds=1800) == 0
+    return run.screen
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,8 @@
 """The plan on this machine: a verdict before the launch, and then the same without compiling."""
 
 import json
-import subprocess
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def plan(directory: Path, *variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["ansible-playbook", "plan.yml", "-e", f"train_plans_dir={directory}"]
-    for variable in variables:
-        command += ["-e", variable]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+from tests.playbook import run_playbook
 
 
 def test_a_plan_is_made_before_the_launch_and_brought_home(screen, plans):
@@ -22,15 +13,16 @@ def test_a_plan_is_made_before_the_launch_and_brought_home(screen, plans):
 
 
 def test_what_is_no_part_of_the_program_is_no_reason_to_compile_again(screen, plans):
-    again = plan(plans, "accelerator_type=v5p-8", "gmm=true", "max_steps=7", "learning_rate=0.1")
-    assert again.returncode == 0, again.stdout
-    assert "PLAN: fits" in again.stdout
-    assert "changed=0" in again.stdout
+    options = {"accelerator_type": "v5p-8", "gmm": True, "max_steps": 7, "learning_rate": 0.1}
+    again = run_playbook("plan.yml", train_plans_dir=str(plans), **options)
+    assert again.code == 0
+    assert "PLAN: fits" in again.screen
+    assert not again.changed
     assert len(list(plans.iterdir())) == 1
 
 
 def test_a_slice_that_is_none_is_named(tmp_path):
-    refused = plan(tmp_path, "accelerator_type=v9-8")
-    assert refused.returncode != 0
-    assert "unknown accelerator type 'v9-8'; known are v4-N" in refused.stdout
+    refused = run_playbook("plan.yml", train_plans_dir=str(tmp_path), accelerator_type="v9-8")
+    assert refused.code != 0
+    assert "unknown accelerator type 'v9-8'; known are v4-N" in refused.screen
     assert not list(tmp_path.rglob("plan.json"))

@@ -1,14 +1,12 @@
 """Which workers of an inventory train.yml takes."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.playbook import HERE, run_playbook
+
 SLICES = {"my-a": 2, "my-b": 1}
 
 
@@ -24,9 +22,8 @@ def inventory(tmp_path: Path) -> Path:
         }
         for name, workers in SLICES.items()
     }
-    here = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     path = tmp_path / "hosts.json"
-    path.write_text(json.dumps({"tpu_workers": {"children": groups, "vars": here}}))
+    path.write_text(json.dumps({"tpu_workers": {"children": groups, "vars": HERE}}))
     return path
 
 
@@ -41,13 +38,6 @@ def inventory(tmp_path: Path) -> Path:
 )
 def test_a_run_is_one_slice_or_several_that_are_asked_for(inventory, asked, said) -> None:
     # Nothing on a worker has this tag.
-    run = subprocess.run(
-        ["ansible-playbook", "-i", inventory, "train.yml", "--tags=validate", "-e", asked],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert said in " ".join(run.stdout.split())
-    assert ("my-b-w0" in run.stdout) == (asked == "multislice=true")
+    run = run_playbook("train.yml", "--tags=validate", "-e", asked, inventory=inventory)
+    assert said in run.words
+    assert ("my-b-w0" in run.screen) == (asked == "multislice=true")

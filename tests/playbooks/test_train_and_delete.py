@@ -58,19 +58,19 @@ def start(tmp_path: Path) -> Start:
     return run
 
 
-def calls(tmp_path: Path) -> list[str]:
-    return [line.split(" ")[0] for line in said(tmp_path)]
+def playbooks(tmp_path: Path) -> list[str]:
+    return [line.split(" ")[0] for line in commands(tmp_path)]
 
 
-def said(tmp_path: Path) -> list[str]:
+def commands(tmp_path: Path) -> list[str]:
     path = tmp_path / "calls"
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_all_goes_well(start: Start, tmp_path: Path) -> None:
+def test_a_slice_is_made_trained_on_and_deleted(start: Start, tmp_path: Path) -> None:
     once = start(SLICE="-e accelerator_type=v5p-16", TRAIN="-e gmm=true")
     assert once.wait(20) == 0, once.stdout.read()
-    assert said(tmp_path) == [
+    assert commands(tmp_path) == [
         "slice.yml -e state=present -e max_hours=24 -e accelerator_type=v5p-16",
         "site.yml -e gmm=true",
         "train.yml -e gmm=true",
@@ -84,7 +84,7 @@ def test_after_an_error_the_slice_is_gone_and_the_error_is_told(
 ) -> None:
     (tmp_path / name).write_text("exit 4")
     assert start().wait(20) == 4
-    assert said(tmp_path)[-1] == "slice.yml -e state=absent"
+    assert commands(tmp_path)[-1] == "slice.yml -e state=absent"
     assert not (tmp_path / "there").exists()
 
 
@@ -94,12 +94,12 @@ def test_after_a_signal_the_slice_is_gone(start: Start, tmp_path: Path, number: 
     # A second Ctrl-C does not keep it from being deleted.
     (tmp_path / "down").write_text("touch going; sleep 1")
     once = start()
-    wait_for(lambda: "train.yml" in calls(tmp_path))
+    wait_for(lambda: "train.yml" in playbooks(tmp_path))
     once.send_signal(number)
     wait_for((tmp_path / "going").exists)
     os.killpg(once.pid, signal.SIGINT)
     assert once.wait(20) == 128 + number
-    assert said(tmp_path)[-2:] == ["ended", "slice.yml -e state=absent"]
+    assert commands(tmp_path)[-2:] == ["ended", "slice.yml -e state=absent"]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -109,14 +109,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_what_cannot_be_deleted_is_said_loudly(start: Start, tmp_path: Path) -> None:
+def test_a_slice_that_cannot_be_deleted_is_said_to_cost_money(start: Start, tmp_path: Path) -> None:
     (tmp_path / "down").write_text("exit 2")
     (tmp_path / "bin/sleep").write_text("#!/bin/bash\n")
     (tmp_path / "bin/sleep").chmod(0o755)
     once = start()
     assert once.wait(20) == 1
     assert "could not be deleted and COSTS MONEY" in once.stdout.read()
-    assert calls(tmp_path).count("slice.yml") == 4
+    assert playbooks(tmp_path).count("slice.yml") == 4
 
 
 def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(start: Start, tmp_path: Path) -> None:
@@ -124,8 +124,8 @@ def test_a_preempted_slice_is_made_anew_and_the_run_goes_on(start: Start, tmp_pa
     (tmp_path / "train.yml").write_text("rm train.yml; touch preempted; exit 2")
     assert start(RESTARTS="2", WORKER_DIR="/mnt/runs", RUN_NAME="r").wait(20) == 0
     parts = ["slice.yml", "site.yml", "train.yml"]
-    assert calls(tmp_path) == [*parts, *parts, "slice.yml"]
-    trained = [line for line in said(tmp_path) if line.startswith("train.yml")]
+    assert playbooks(tmp_path) == [*parts, *parts, "slice.yml"]
+    trained = [line for line in commands(tmp_path) if line.startswith("train.yml")]
     assert trained[0] == trained[1]
     assert "-e run_name=r" in trained[0]
     assert '"worker_dir": "/mnt/runs/{{ inventory_hostname }}"' in trained[0]
@@ -135,7 +135,7 @@ def test_what_is_saved_in_a_bucket_needs_no_disk(start: Start, tmp_path: Path) -
     (tmp_path / "train.yml").write_text("rm train.yml; touch preempted; exit 2")
     train = "-e save_strategy=steps -e checkpoint_bucket=gs://my-bucket/runs"
     assert start(RESTARTS="1", TRAIN=train, RUN_NAME="r").wait(20) == 0
-    trained = [line for line in said(tmp_path) if line.startswith("train.yml")]
+    trained = [line for line in commands(tmp_path) if line.startswith("train.yml")]
     assert trained == [f"train.yml {train} -e run_name=r"] * 2
 
 
@@ -143,12 +143,12 @@ def test_restarts_come_to_an_end_and_are_for_preemption_alone(start: Start, tmp_
     (tmp_path / "mounted").touch()
     (tmp_path / "train.yml").write_text("touch preempted; exit 2")
     assert start(RESTARTS="2", WORKER_DIR="/mnt/runs").wait(20) == 2
-    assert calls(tmp_path).count("train.yml") == 3
+    assert playbooks(tmp_path).count("train.yml") == 3
     (tmp_path / "calls").unlink()
     (tmp_path / "preempted").unlink()
     (tmp_path / "train.yml").write_text("exit 2")
     assert start(RESTARTS="2", WORKER_DIR="/mnt/runs").wait(20) == 2
-    assert calls(tmp_path).count("train.yml") == 1
+    assert playbooks(tmp_path).count("train.yml") == 1
 
 
 @pytest.mark.parametrize(
@@ -159,25 +159,25 @@ def test_restarts_come_to_an_end_and_are_for_preemption_alone(start: Start, tmp_
         ({"RESTARTS": "1"}, "RESTARTS=1 needs a place for checkpoints that outlives the slice"),
     ],
 )
-def test_what_cannot_go_well_does_not_begin(
+def test_missing_or_wrong_settings_are_refused_before_anything_is_made(
     start: Start, tmp_path: Path, variables: dict, words: str
 ) -> None:
     once = start(**variables)
     assert once.wait(20) == 2
     assert words in once.stdout.read()
-    assert not said(tmp_path)
+    assert not commands(tmp_path)
 
 
-def test_a_slice_that_is_there_is_somebodys(start: Start, tmp_path: Path) -> None:
+def test_a_slice_that_exists_already_is_left_alone(start: Start, tmp_path: Path) -> None:
     (tmp_path / "there").touch()
     once = start()
     assert once.wait(20) == 2
     assert "must not be there in the beginning. The inventory says: @all" in once.stdout.read()
-    assert not said(tmp_path)
+    assert not commands(tmp_path)
 
 
 def test_a_disk_that_dies_with_the_slice_is_refused(start: Start, tmp_path: Path) -> None:
     once = start(RESTARTS="1", WORKER_DIR="/home/me")
     assert once.wait(20) == 2
     assert "/home/me is on the worker's own disk" in once.stdout.read()
-    assert calls(tmp_path) == ["slice.yml", "slice.yml"]
+    assert playbooks(tmp_path) == ["slice.yml", "slice.yml"]

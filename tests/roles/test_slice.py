@@ -1,17 +1,14 @@
 """slice.yml as users run it, against an API on this machine."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.playbook import Playbook, run_playbook
 from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
 
-ROOT = Path(__file__).resolve().parents[2]
-Play = Callable[..., subprocess.CompletedProcess[str]]
+Play = Callable[..., Playbook]
 
 
 @pytest.fixture
@@ -24,19 +21,14 @@ def api() -> Iterator[TpuApi]:
 def play(api: TpuApi, tmp_path: Path) -> Play:
     """Run it with these variables of a user."""
 
-    def run(*variables: str) -> subprocess.CompletedProcess[str]:
-        words = [word for variable in variables for word in ("-e", variable)]
-        known = f"slice_known_hosts={tmp_path}/known_hosts"
-        return subprocess.run(
-            [Path(sys.executable).with_name("ansible-playbook"), "slice.yml", "-e", known, *words],
-            cwd=ROOT,
-            env=os.environ
-            | {"TPU_NAME": "my-tpu", "ZONE": ZONE, "PROJECT": PROJECT, "NO_PROXY": "127.0.0.1"}
+    def run(*variables: str) -> Playbook:
+        return run_playbook(
+            "slice.yml",
+            *(word for variable in variables for word in ("-e", variable)),
+            environment={"TPU_NAME": "my-tpu", "ZONE": ZONE, "PROJECT": PROJECT}
             | {"TPU_API_ENDPOINT": api.endpoint, "GCP_AUTH_KIND": "anonymous"}
-            | {"HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1"},
-            capture_output=True,
-            text=True,
-            timeout=60,
+            | {"HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"},
+            slice_known_hosts=str(tmp_path / "known_hosts"),
         )
 
     return run
@@ -48,9 +40,9 @@ def test_what_users_say_is_what_the_api_is_asked_for(api: TpuApi, play: Play) ->
         "external_ips=false", "subnetwork=train", '{"labels": {"team": "moe"}}',
         '{"data_disks": ["text"]}', '{"slice_metadata": {"startup-script": "true"}}',
     )  # fmt: skip
-    assert made.returncode == 0, made.stdout
-    assert "changed=1" in made.stdout
-    assert "my-tpu is READY: 2 workers" in made.stdout
+    assert made.code == 0
+    assert "changed=1" in made.screen
+    assert "my-tpu is READY: 2 workers" in made.screen
     node = api.node("my-tpu")
     assert node["acceleratorType"] == "v5p-16"
     assert node["schedulingConfig"] == {"spot": True}
@@ -61,17 +53,19 @@ def test_what_users_say_is_what_the_api_is_asked_for(api: TpuApi, play: Play) ->
     assert node["networkConfig"]["enableExternalIps"] is False
 
     other = play("state=present", "accelerator_type=v5p-8")
-    assert other.returncode == 2
-    assert "cannot be changed in place: accelerator_type of my-tpu is v5p-16" in other.stdout
-    assert "Traceback" not in other.stdout + other.stderr
+    assert other.code == 2
+    assert "cannot be changed in place: accelerator_type of my-tpu is v5p-16" in other.screen
+    assert "Traceback" not in other.screen
 
 
-def test_what_is_no_value_is_refused_before_anything_is_asked(api: TpuApi, play: Play) -> None:
+def test_wrong_names_and_values_are_refused_before_the_api_is_asked(
+    api: TpuApi, play: Play
+) -> None:
     refused = play("state=present", "spot=maybe", "acelerator_type=v5p-8")
-    assert refused.returncode == 2
+    assert refused.code == 2
     assert (
         "-e acelerator_type: there is no such variable. Did you mean accelerator_type?"
-        in " ".join(refused.stdout.split())
+        in refused.words
     )
-    assert "spot" in refused.stdout
+    assert "spot" in refused.screen
     assert not api.requests

@@ -2,18 +2,16 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
 
-ROOT = Path(__file__).resolve().parents[2]
-ANSIBLE = Path(sys.executable).with_name("ansible-playbook")
+from tests.playbook import ROOT, run_playbook, write_play
+
 ROLE = ROOT / "roles/torch_xla"
 # Makes an environment whose Python notes what it was called with, and takes its time.
 PYTHON = """#!/bin/sh
@@ -75,19 +73,9 @@ def test_what_an_interrupted_playbook_has_left_is_waited_for(install, tmp_path, 
 
 
 def test_where_there_is_no_stack_the_doctor_says_what_to_do(tmp_path: Path) -> None:
-    play = {"hosts": "localhost", "gather_facts": False, "tasks": []}
     entry = {"name": "torch_xla", "tasks_from": "doctor.yml"}
-    play["tasks"].append({"ansible.builtin.import_role": entry})
-    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
-    ran = subprocess.run(
-        [ANSIBLE, tmp_path / "play.yml", "-e", f"torch_xla_worker_dir={tmp_path}"],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 2
-    words = " ".join(ran.stdout.split())
-    assert f"localhost has no stack release in {tmp_path}/stacks/release-" in words
-    assert "site.yml -e runtime=native -e stack=release first" in words
+    play = write_play(tmp_path, {"ansible.builtin.import_role": entry})
+    run = run_playbook(play, torch_xla_worker_dir=str(tmp_path))
+    assert run.code == 2
+    assert f"localhost has no stack release in {tmp_path}/stacks/release-" in run.words
+    assert "site.yml -e runtime=native -e stack=release first" in run.words

@@ -76,7 +76,7 @@ def test_an_archive_that_breaks_off_is_an_error(names, held):
     assert thin(archive(names)[:800_000], *(DIGESTS[it] for it in held)).returncode == 1
 
 
-def test_nothing_is_no_archive():
+def test_an_empty_archive_is_an_error():
     assert thin(b"").returncode == 1
 
 

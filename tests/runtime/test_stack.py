@@ -11,7 +11,8 @@ from pathlib import Path
 import pip
 import pytest
 
-from tests.servers.index import ALWAYS, BRANCH, RUN_CLM, Fault, Index, Wheel, fork, wheel
+from tests.servers.faults import ALWAYS, Fault
+from tests.servers.index import BRANCH, RUN_CLM, Index, Wheel, fork, wheel
 
 RUNTIME = Path(__file__).parents[2] / "runtime"
 REQUIREMENTS = RUNTIME / "requirements"
@@ -180,15 +181,15 @@ def complaint(ran: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-def well(ran: subprocess.CompletedProcess[str]) -> None:
+def assert_success(ran: subprocess.CompletedProcess[str]) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_release_is_the_cpu_build_and_what_is_locked(release, environment):
-    well(release("torch"))
+    assert_success(release("torch"))
     assert environment.held() == {"torch": "2.9.1+cpu"}
     tests = environment.program.parent / "requirements/test.txt"
-    well(release("rest", "--also", str(tests)))
+    assert_success(release("rest", "--also", str(tests)))
     assert environment.held() == {"torch": "2.9.1+cpu", "torch_xla": "2.9.0", "pytest": "9.0"}
 
 
@@ -197,7 +198,7 @@ def test_without_a_cpu_index_it_is_the_default_build_with_its_libraries(
     release, environment, index, cpu
 ):
     index.faults.append(Fault("GET /down", times=ALWAYS))
-    well(release("torch", TORCH_INDEX=cpu.format(origin=index.origin)))
+    assert_success(release("torch", TORCH_INDEX=cpu.format(origin=index.origin)))
     assert environment.held() == {"torch": "2.9.1", "nvidia_cublas_cu12": "12.8.4.1"}
     # Asked once: a worker that cannot reach it must not wait long.
     assert index.asked("/down") <= 1
@@ -205,8 +206,8 @@ def test_without_a_cpu_index_it_is_the_default_build_with_its_libraries(
 
 def test_a_day_decides_about_every_nightly(nightly, environment):
     day = {"NIGHTLY_DATE": "20250929"}
-    well(nightly("torch", **day))
-    well(nightly("rest", **day))
+    assert_success(nightly("torch", **day))
+    assert_success(nightly("rest", **day))
     assert environment.held() == {
         "torch": "2.9.0.dev20250929+cpu",
         "torch_xla": "2.9.0.dev20250929",
@@ -227,7 +228,7 @@ def test_a_day_decides_about_every_nightly(nightly, environment):
 def test_without_a_day_it_is_the_newest_that_torch_and_torch_xla_have(nightly, environment):
     newest = nightly("newest")
     assert (newest.returncode, newest.stdout) == (0, "20251002\n")
-    well(nightly("torch"))
+    assert_success(nightly("torch"))
     assert environment.held()["torch"] == "2.9.0.dev20251002+cpu"
 
 
@@ -297,7 +298,7 @@ def test_a_wheel_for_another_python_is_named_with_the_tag_that_was_asked_for(
     release, environment, index
 ):
     index.directories["simple"] = [wheel("torch_xla", "2.9.0", "cp310-cp310-linux_x86_64")]
-    well(release("torch"))
+    assert_success(release("torch"))
     said = complaint(release("rest"))
     assert f"has no torch_xla==2.9.0 with a wheel for {TAG} on linux_x86_64" in said
 
@@ -305,7 +306,7 @@ def test_a_wheel_for_another_python_is_named_with_the_tag_that_was_asked_for(
 @pytest.mark.parametrize("fault", [{}, {"after": 100}], ids=["503", "breaks off"])
 def test_a_download_that_fails_once_is_made_again(release, environment, index, fault):
     index.faults.append(Fault("GET /whl/cpu/torch-", **fault))
-    well(release("torch"))
+    assert_success(release("torch"))
     assert environment.held() == {"torch": "2.9.1+cpu"}
 
 
@@ -318,7 +319,7 @@ def test_a_download_that_always_fails_is_named(release, index, fault):
 
 
 def test_a_default_index_that_is_down_is_named(release, index):
-    well(release("torch"))
+    assert_success(release("torch"))
     index.faults.append(Fault("GET /simple", times=ALWAYS))
     said = complaint(release("rest"))
     assert f"pip's index, {index.origin}/simple, has no torch_xla==2.9.0" in said
@@ -338,13 +339,13 @@ def test_a_full_disk_is_named_with_what_is_left(release, environment, index, tmp
     big = wheel("torch_xla", "2.9.0", MANYLINUX, files={"torch_xla/lib.so": os.urandom(4 << 20)})
     index.directories["simple"] = [big]
     write_lock(environment.program, "release", big)
-    well(release("torch"))
+    assert_success(release("torch"))
     small = environment.packages.parent
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "small", small], check=True)
     try:
         environment.packages.mkdir()
         (environment.packages / "pip").symlink_to(Path(pip.__file__).parent)
-        well(release("torch"))
+        assert_success(release("torch"))
         said = complaint(release("rest"))
     finally:
         subprocess.run(["umount", small], check=True)
@@ -371,7 +372,7 @@ def test_a_login_opens_the_sources_and_is_shown_nowhere(environment, index, tmp_
     del environment.variables["PIP_INDEX_URL"]
     runs = [environment.stack(command, "nightly") for command in ("torch", "rest")]
     for ran in runs:
-        well(ran)
+        assert_success(ran)
     assert environment.held()["jax"] == "0.8.0.dev20251001"
 
     sources.write_text(sources.read_text().replace("tpuvm", "nowhere"))
@@ -384,13 +385,13 @@ def test_a_login_opens_the_sources_and_is_shown_nowhere(environment, index, tmp_
 def guide(environment: Environment, index: Index) -> Callable:
     """Return what runs the second half of the stack guide, with torch there."""
     ran = environment.stack("torch", "guide", TORCH_INDEX=f"{index.origin}/whl/cpu")
-    well(ran)
+    assert_success(ran)
     return lambda **variables: environment.stack("rest", "guide", **variables)
 
 
 def test_guide_has_the_branch_and_its_script(guide, environment, index, tmp_path):
     fork(tmp_path / "git")
-    well(guide())
+    assert_success(guide())
     run_clm = environment.directory / "transformers" / RUN_CLM
     ran = subprocess.run(
         [environment.directory / "bin/python", run_clm], capture_output=True, text=True, check=True
@@ -405,7 +406,7 @@ def test_guide_has_the_branch_and_its_script(guide, environment, index, tmp_path
     commit = ["commit", "--quiet", "--all", "--message=Anew"]
     author = ["-c", "user.name=Ada", "-c", "user.email=ada@example.com"]
     subprocess.run(["git", *author, *commit], cwd=script.parents[3], check=True)
-    well(guide())
+    assert_success(guide())
     assert run_clm.read_text() == "print('anew')\n"
 
 
@@ -419,7 +420,7 @@ def test_guides_repository_may_need_a_login_that_the_clone_does_not_keep(
         PIP_INDEX_URL=f"{address}/simple",
         TRANSFORMERS_REPOSITORY=f"{address}/git/transformers.git",
     )
-    well(ran)
+    assert_success(ran)
     assert "secret" not in ran.stdout + ran.stderr
     config = (environment.directory / "transformers/.git/config").read_text()
     assert f"url = {index.origin}/git/transformers.git" in config

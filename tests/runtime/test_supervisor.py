@@ -113,7 +113,7 @@ def test_the_exit_code_is_the_command_s(supervised, code, expected):
     assert supervised(code).end()[0] == expected
 
 
-def test_a_command_that_is_not_there(tmp_path):
+def test_a_command_that_is_not_there_is_named(tmp_path):
     ran = subprocess.run(
         [sys.executable, LEASE, "--lease=x", "--seconds=9", "--grace=1", "--log=log", "--", "nix"],
         capture_output=True,

@@ -13,16 +13,14 @@ library only, because it runs where the trainer's image does. ``requests`` is wh
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
 import secrets
-import threading
 import zlib
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote
+
+from tests.servers.faults import Fault
+from tests.servers.service import Handler, Service
 
 ACCOUNT = "trainer@my-project.iam.gserviceaccount.com"
 OBJECTS = re.compile(r"(?P<upload>/upload)?/storage/v1/b/(?P<bucket>[^/]+)/o(?:/(?P<name>[^/]+))?")
@@ -31,55 +29,20 @@ REASONS = {400: "invalid", 401: "authError", 403: "forbidden", 404: "notFound", 
 PERMISSIONS = {"GET": "get", "POST": "create", "DELETE": "delete"}
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next ``times`` requests (method and path) that match ``where``.
-
-    Without a status there is no answer.
-    """
-
-    where: str
-    status: int | None = None
-    times: int = 1
-
-
-class CloudStorage:
+class CloudStorage(Service):
     """The storage: its buckets, with their objects by name, and what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.buckets: dict[str, dict[str, bytes]] = {}
         self.denied: set[str] = set()  # list, get, create or delete
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
         self.page = 1000
         self.token = secrets.token_hex(16)
-        self.stuck = threading.Event()  # a request is there that gets no answer
-        self._lock = threading.Lock()
-        self._server = _Server(("127.0.0.1", 0), type("H", (_Handler,), {"storage": self}))
-        self._host = f"127.0.0.1:{self._server.server_address[1]}"
         # Where the client looks for the storage, and for a Google machine's metadata server
         self.environment = {
-            "TENSORSTORE_GCS_HTTP_URL": f"http://{self._host}",
-            "GCE_METADATA_ROOT": self._host,
+            "TENSORSTORE_GCS_HTTP_URL": self.origins[0],
+            "GCE_METADATA_ROOT": self.origins[0].removeprefix("http://"),
         }
-
-    def __enter__(self) -> CloudStorage:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def fault(self, request: str) -> Fault | None:
-        """Take note of a request, and return what is to go wrong with it."""
-        with self._lock:
-            self.requests.append(request)
-            for fault in self.faults:
-                if fault.times and re.search(fault.where, request):
-                    fault.times -= 1
-                    return fault
-        return None
 
 
 def generation(data: bytes) -> str:
@@ -87,41 +50,30 @@ def generation(data: bytes) -> str:
     return str(1 + zlib.crc32(data))
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
+class _Handler(Handler):
+    timeout = None  # a client that gets no answer leaves when it likes
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that leaves early is no news.
-        pass
+    @property
+    def storage(self) -> CloudStorage:
+        return self.server.service
 
+    def next_fault(self) -> Fault | None:
+        """Note the request by its object. What the metadata server is asked does not count."""
+        self.found = OBJECTS.fullmatch(self.url.path)
+        if not self.found:
+            return None
+        self.name = unquote(self.found["name"] or "") or self.query.get("name", "")
+        wanted = self.headers.get("Range", "")
+        return self.storage.fault(
+            f"{self.command} {self.found['bucket']}/{self.name} {wanted}".strip()
+        )
 
-class _Answered(Exception):
-    """The answer has been given."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    storage: CloudStorage
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or an answer's body waits 40 ms for its head to be received
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        with contextlib.suppress(_Answered):
-            if url.path.startswith(IDENTITY):
-                self.identity(url.path.removeprefix(IDENTITY))
-            found = OBJECTS.fullmatch(url.path)
-            if not found:
-                self.refuse(404, "Not Found")
-            name = unquote(found["name"] or "") or self.query.get("name", "")
-            self.objects(found["bucket"], name, bool(found["upload"]))
-
-    def do_POST(self) -> None:
-        self.do_GET()
-
-    def do_DELETE(self) -> None:
-        self.do_GET()
+    def route(self) -> None:
+        if self.asked_for.startswith(IDENTITY):
+            self.identity(self.asked_for.removeprefix(IDENTITY))
+        if not self.found:
+            self.refuse(404, "Not Found")
+        self.objects(self.found["bucket"], self.name, bool(self.found["upload"]))
 
     def identity(self, path: str) -> None:
         """Answer as the metadata server, which speaks only to those who know what it is."""
@@ -137,19 +89,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def objects(self, bucket: str, name: str, upload: bool) -> None:
         """Answer a request for the objects of a bucket, or for the one of that name."""
-        length = int(self.headers.get("Content-Length", 0))
-        fault = self.storage.fault(
-            f"{self.command} {bucket}/{name} {self.headers.get('Range', '')}".strip()
-        )
-        if fault and fault.status is None:
-            self.storage.stuck.set()
-            length += 1  # which comes never: the client leaves
-        body = self.rfile.read(length)
-        if len(body) < length:
-            self.close_connection = True
-            raise _Answered
-        if fault:
-            self.refuse(fault.status, "a bad day")
         if self.headers.get("Authorization") != f"Bearer {self.storage.token}":
             self.refuse(401, "Invalid Credentials")
         if bucket not in self.storage.buckets:
@@ -168,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "it may not exist).",
             )
         if upload and self.command == "POST" and self.query.get("uploadType") == "media" and name:
-            objects[name] = body
+            objects[name] = self.body
             self.json(self.metadata(bucket, name))
         if not name and self.command == "GET":
             self.listing(bucket)
@@ -176,9 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, f"No such object: {bucket}/{name}")
         if self.command == "DELETE":
             del objects[name]
-            self.answer(204, b"", {})
+            self.answer(204, b"")
         if self.command == "GET" and self.query.get("alt") == "media":
-            self.media(objects[name])
+            self.file(objects[name], {"X-Goog-Generation": generation(objects[name])})
         if self.command == "GET":
             self.json(self.metadata(bucket, name))
         self.refuse(400, "Invalid request")
@@ -213,43 +152,8 @@ class _Handler(BaseHTTPRequestHandler):
             "updated": "2026-01-02T03:04:05.678Z",
         }
 
-    def media(self, data: bytes) -> None:
-        """Send an object, or the range of it that was asked for."""
-        headers = {
-            "Content-Type": "application/octet-stream",
-            "X-Goog-Generation": generation(data),
-        }
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
-            self.answer(200, data, headers)
-        first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-        if first > last:
-            headers["Content-Range"] = f"bytes */{len(data)}"
-            self.refuse(416, "The requested range cannot be satisfied.", headers)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        self.answer(206, data[first : last + 1], headers)
-
-    def json(self, value: Any) -> None:
-        body = json.dumps(value).encode()
-        self.answer(200, body, {"Content-Type": "application/json; charset=UTF-8"})
-
     def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         """Send an error as Google words it."""
         reason = {"message": message, "domain": "global", "reason": REASONS.get(status, "invalid")}
         error = {"code": status, "message": message, "errors": [reason]}
-        body = json.dumps({"error": error}).encode()
-        self.answer(status, body, {"Content-Type": "application/json"} | (headers or {}))
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        """Send an answer, and say no more."""
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if status != 204:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-        raise _Answered
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.json({"error": error}, status, headers)

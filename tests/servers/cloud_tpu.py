@@ -2,7 +2,7 @@
 
     with TpuApi() as api:
         api.add("my-tpu", "v5p-16")
-        api.faults.append(Fault("GET .*/nodes", 429, "Quota exceeded for quota metric 'Read'"))
+        api.faults.append(Fault("GET .*/nodes", 429, message="Quota exceeded"))
         CloudTpu(PROJECT, ZONE, {"auth_kind": "anonymous", "api_endpoint": api.endpoint})
 
 It speaks API version 2 as JSON over HTTP, with pages, operations that take their time, and the
@@ -12,18 +12,15 @@ errors in Google's words. What ``seconds`` have passed is looked at whenever som
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import re
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+
+from tests.servers.service import Handler, Service
 
 PROJECT, ZONE = "my-project", "us-east5-a"
 # Name of the type → topology and number of hosts
@@ -80,31 +77,20 @@ NUMBERS = {
 }  # fmt: skip
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next ``times`` requests (method and path) that match ``where``."""
-
-    where: str
-    status: int
-    message: str = "a bad day"
-    times: int = 1
-
-
 class _Refused(Exception):
     def __init__(self, status: int, message: str, reason: str = "") -> None:
-        self.status, self.message, self.reason = status, message, reason or STATUS[status]
+        self.status, self.message, self.reason = status, message, reason
 
 
-class TpuApi:
+class TpuApi(Service):
     """The API: the projects and zones it knows, what is there, and what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.projects, self.zones = {PROJECT}, {ZONE, "us-central1-a"}
         self.nodes: dict[str, Json] = {}
         self.resources: dict[str, Json] = {}
         self.operations: dict[str, Json] = {}
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
         self.tokens: set[str] | None = None  # None: it asks nobody for one
         self.page = 500
         self.latency = 0.0
@@ -112,17 +98,7 @@ class TpuApi:
         self.refusal: tuple[int, str] | None = None  # code and message that creating ends with
         self.addresses: Callable[[str, int], tuple[str, str]] = self._addresses
         self._numbers = itertools.count(1)
-        self._lock = threading.RLock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"api": self}))
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> TpuApi:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        (self.endpoint,) = self.origins
 
     def add(
         self, name: str, accelerator_type: str = "v5p-16", *, zone: str = ZONE,
@@ -139,10 +115,6 @@ class TpuApi:
             self.resources.setdefault(where, {"name": where, "state": {"state": "ACTIVE"}})
         return self.nodes[path]
 
-    def asked(self, pattern: str) -> int:
-        """Return how many requests there were that match ``pattern``: GET /v2/… ."""
-        return sum(bool(re.search(pattern, request)) for request in self.requests)
-
     def node(self, name: str, zone: str = ZONE) -> Json | None:
         """Return a slice as it is now."""
         with self._lock:
@@ -151,23 +123,16 @@ class TpuApi:
 
     # What the handler asks for
 
-    def answer(self, method: str, url: str, body: Json, token: str) -> Json:
+    def answer(self, method: str, path: str, query: Json, body: Json, token: str) -> Json:
         """Return what a request is answered; raises _Refused."""
-        split = urlsplit(url)
-        query = {name: values[-1] for name, values in parse_qs(split.query).items()}
         time.sleep(self.latency)
         with self._lock:
-            self.requests.append(f"{method} {split.path}")
             self._pass_time()
-            for fault in self.faults:
-                if fault.times and re.search(fault.where, self.requests[-1]):
-                    fault.times -= 1
-                    raise _Refused(fault.status, fault.message)
-            found = PATH.fullmatch(split.path)
+            found = PATH.fullmatch(path)
             if not found:
                 raise _Refused(404, "The requested URL was not found on this server.")
             self._admit(found, token)
-            name, kind = split.path.removeprefix("/v2/").partition(":")[0], found["kind"]
+            name, kind = path.removeprefix("/v2/").partition(":")[0], found["kind"]
             store = getattr(
                 self, {"queuedResources": "resources"}.get(found["kind"], found["kind"])
             )
@@ -377,37 +342,29 @@ class TpuApi:
         return {"@type": f"type.googleapis.com/google.cloud.tpu.v2.{kind}"} | made
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     """HTTP and JSON, and the errors as Google words them."""
 
-    api: TpuApi
-    protocol_version = "HTTP/1.1"
     timeout = 30
 
-    def do_GET(self) -> None:
-        text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    def route(self) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        status = 200
+        body = json.loads(self.body) if self.body else {}
         try:
-            body = json.loads(text) if text else {}
-            answer = self.api.answer(self.command, self.path, body, token)
+            answer = self.server.service.answer(
+                self.command, self.url.path, self.query, body, token
+            )
         except _Refused as refused:
-            status = refused.status
-            error = {"code": status, "message": refused.message, "status": refused.reason}
-            answer = {"error": error}
+            self.refuse(refused.status, refused.message, reason=refused.reason)
         kind = "nodes" if "/nodes" in self.path else "queuedResources"
-        data = json.dumps(_public(answer, NUMBERS[kind])).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json; charset=UTF-8")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(data)
+        self.json(_public(answer, NUMBERS[kind]))
 
-    do_POST = do_PATCH = do_DELETE = do_GET  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        pass
+    def refuse(
+        self, status: int, message: str, headers: dict[str, str] | None = None, reason: str = ""
+    ) -> None:
+        """Send an error as Google words it."""
+        error = {"code": status, "message": message, "status": reason or STATUS[status]}
+        self.json({"error": error}, status, headers)
 
 
 def _public(value: Any, numbers: Json, key: str = "") -> Any:

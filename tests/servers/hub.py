@@ -14,26 +14,20 @@ trainer's image does. ``requests`` is what it was asked, ``reads`` whom it gave 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
 import re
 import secrets
-import socket
-import socketserver
 import ssl
-import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs
+
+from tests.servers.service import Handler, Service
 
 LARGE = 1_000_000  # from here on a file is not in git but in the large file storage
-CONNECTIONS = 32
-IDLE_SECONDS = 10
-LONGEST_BODY = 1_000_000
 STAMP = "2026-01-02T03:04:05.000Z"
 
 API = re.compile(
@@ -96,23 +90,6 @@ class Access:
     reads: frozenset[str]
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next ``times`` requests that match ``where``.
-
-    A request is its method, its path, and the range if it wants one: GET /a/b bytes=5-.
-
-    With ``after`` the connection breaks off after so many bytes of the body; else ``status`` is the
-    answer, with ``headers``.
-    """
-
-    where: str
-    status: int = 503
-    headers: dict[str, str] = field(default_factory=dict)
-    after: int | None = None
-    times: int = 1
-
-
 def git_id(data: bytes) -> str:
     """The id of a blob in git."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -123,31 +100,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-class Hub:
+class Hub(Service):
     """The hub: what it holds, whom it knows, and what it was asked."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(_Front, _Storage, tls=tls)
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.moved: dict[str, str] = {}
         self.tokens: dict[str, Access] = {}
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
         self.reads: list[tuple[str | None, str]] = []
         self._key = secrets.token_bytes(16)
-        self._lock = threading.Lock()
-        self._front, self._storage = _Server(self, _Front, tls), _Server(self, _Storage, tls)
-        self.endpoint = self._front.origin
-        self.ports = [server.server_address[1] for server in (self._front, self._storage)]
-
-    def __enter__(self) -> Hub:
-        for server in (self._front, self._storage):
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for server in (self._front, self._storage):
-            server.shutdown()
-            server.server_close()
+        self.endpoint, self._storage = self.origins
 
     def add(
         self, name: str, files: dict[str, bytes], *, kind: str = "model",
@@ -164,143 +127,34 @@ class Hub:
         self.tokens[token] = Access(user, expired, frozenset(reads))
         return token
 
-    def asked(self, pattern: str) -> int:
-        """Return how many requests there were that match ``pattern``, as in Fault."""
-        return sum(bool(re.search(pattern, request)) for request in self.requests)
-
-    def fault(self, request: str) -> Fault | None:
-        """Take note of a request, and return what is to go wrong with it."""
-        with self._lock:
-            self.requests.append(request)
-            for fault in self.faults:
-                if fault.times and re.search(fault.where, request):
-                    fault.times -= 1
-                    return fault
-        return None
-
     def link(self, digest: str) -> str:
         """Return the signed address of a large file."""
-        return f"{self._storage.origin}/{digest}?Signature={self.signature(digest)}"
+        return f"{self._storage}/{digest}?Signature={self.signature(digest)}"
 
     def signature(self, digest: str) -> str:
         """Return what makes the address of a large file valid."""
         return hmac.new(self._key, digest.encode(), hashlib.sha256).hexdigest()
 
 
-class _Server(socketserver.ThreadingTCPServer):
-    """A server on 127.0.0.1 and a free port; further connections wait while it has its fill."""
+class _Handler(Handler):
+    """What both origins have in common: the numbers of answers, and the hub's errors."""
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = CONNECTIONS
+    @property
+    def hub(self) -> Hub:
+        return self.server.service
 
-    def __init__(self, hub: Hub, handler: type[_Handler], tls: ssl.SSLContext | None) -> None:
-        super().__init__(("127.0.0.1", 0), handler)
-        self.hub = hub
-        self.tls = tls
-        self.origin = f"{'https' if tls else 'http'}://127.0.0.1:{self.server_address[1]}"
-        self._places = threading.BoundedSemaphore(CONNECTIONS)
-
-    def process_request(self, request: socket.socket, client_address: Any) -> None:
-        self._places.acquire()
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: socket.socket, client_address: Any) -> None:
-        try:
-            if self.tls:
-                # Here, so that nobody waits for a client that does not shake hands.
-                request.settimeout(IDLE_SECONDS)
-                request = self.tls.wrap_socket(request, server_side=True)
-            super().process_request_thread(request, client_address)
-        except OSError:
-            # A client that trusts another authority is no news.
-            self.shutdown_request(request)
-        finally:
-            self._places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that leaves early is no news.
-        pass
-
-
-class _Answered(Exception):
-    """The answer has been given."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """What both origins have in common: faults, errors, and bodies in whole or in part."""
-
-    server: _Server
-    protocol_version = "HTTP/1.1"
-    timeout = IDLE_SECONDS
-
-    def do_GET(self) -> None:
-        self.hub = self.server.hub
-        url = urlsplit(self.path)
-        self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        self.asked_for = unquote(url.path)
-        self.broken_after = None
-        # An unread body would be taken for the next request.
-        self.body = self.rfile.read(min(int(self.headers.get("Content-Length", 0)), LONGEST_BODY))
-        with contextlib.suppress(_Answered):
-            piece = self.headers.get("Range", "")
-            if fault := self.hub.fault(f"{self.command} {self.asked_for} {piece}".strip()):
-                if fault.after is None:
-                    self.refuse(fault.status, "", "a bad day", fault.headers)
-                self.broken_after = fault.after
-            self.route()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        self.do_GET()
-
-    def route(self) -> None:
-        raise NotImplementedError
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        """Send an answer, and say no more."""
-        self.send_response(status)
-        headers = {"X-Request-Id": f"Root=1-{secrets.token_hex(12)}"} | headers
-        headers.setdefault("Content-Length", str(len(body)))
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: self.broken_after])
-            if self.broken_after is not None:
-                self.close_connection = True
-        raise _Answered
-
-    def json(self, value: Any) -> None:
-        body = json.dumps(value).encode()
-        self.answer(200, body, {"Content-Type": "application/json; charset=utf-8"})
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        number = {"X-Request-Id": f"Root=1-{secrets.token_hex(12)}"}
+        super().answer(status, body, number | (headers or {}))
 
     def refuse(
-        self, status: int, code: str, message: str, headers: dict[str, str] | None = None
+        self, status: int, message: str, headers: dict[str, str] | None = None, code: str = ""
     ) -> None:
         """Send an error as the hub words it: in a header for HEAD, and in the body."""
-        headers = {"Content-Type": "application/json", "X-Error-Message": message} | (headers or {})
+        headers = {"X-Error-Message": message} | (headers or {})
         if code:
             headers["X-Error-Code"] = code
-        self.answer(status, json.dumps({"error": message}).encode(), headers)
-
-    def file(self, data: bytes, headers: dict[str, str]) -> None:
-        """Send a file, or the range of it that was asked for."""
-        headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not wanted:
-            self.answer(200, data, headers | {"Content-Length": str(len(data))})
-        first, last = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
-        if first > last:
-            headers["Content-Range"] = f"bytes */{len(data)}"
-            self.refuse(416, "", "Range Not Satisfiable", headers)
-        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-        self.answer(206, data[first : last + 1], headers)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.json({"error": message}, status, headers)
 
 
 class _Storage(_Handler):
@@ -309,14 +163,14 @@ class _Storage(_Handler):
     def route(self) -> None:
         digest = self.asked_for.strip("/")
         if self.headers.get("Authorization"):
-            self.refuse(400, "", "Only one auth mechanism allowed")
+            self.refuse(400, "Only one auth mechanism allowed")
         if not hmac.compare_digest(self.query.get("Signature", ""), self.hub.signature(digest)):
-            self.refuse(403, "", "AccessDenied")
+            self.refuse(403, "AccessDenied")
         for repository in self.hub.repositories.values():
             for data in repository.files.values():
                 if len(data) >= LARGE and sha256(data) == digest:
                     self.file(data, {"ETag": f'"{digest}"'})
-        self.refuse(404, "", "NoSuchKey")
+        self.refuse(404, "NoSuchKey")
 
 
 class _Front(_Handler):
@@ -331,7 +185,7 @@ class _Front(_Handler):
         if found := RESOLVE.fullmatch(self.asked_for):
             kind = "dataset" if found["dataset"] else "model"
             self.resolve(self.repository(kind, found["name"]), found["revision"], found["path"])
-        self.refuse(404, "", "Sorry, we can't find the page you are looking for.")
+        self.refuse(404, "Sorry, we can't find the page you are looking for.")
 
     def identify(self) -> Access | None:
         """Return whose request it is, None for anybody's. What claims to be a token must be one."""
@@ -340,14 +194,14 @@ class _Front(_Handler):
             return None
         access = self.hub.tokens.get(header.removeprefix("Bearer "))
         if access is None:
-            self.refuse(401, "", "Invalid credentials in Authorization header")
+            self.refuse(401, "Invalid credentials in Authorization header")
         if access.expired:
-            self.refuse(401, "", 'User Access Token "training" is expired')
+            self.refuse(401, 'User Access Token "training" is expired')
         return access
 
     def whoami(self) -> None:
         if not self.access:
-            self.refuse(401, "", "Invalid username or password.")
+            self.refuse(401, "Invalid username or password.")
         role = {"displayName": "training", "role": "read", "createdAt": STAMP}
         self.json(
             {
@@ -374,8 +228,8 @@ class _Front(_Handler):
         repository = self.hub.repositories.get((kind, name))
         if not repository or (repository.private and not self.may_read(repository)):
             if self.access:
-                self.refuse(404, "RepoNotFound", "Repository not found")
-            self.refuse(401, "RepoNotFound", "Invalid username or password.")
+                self.refuse(404, "Repository not found", code="RepoNotFound")
+            self.refuse(401, "Invalid username or password.", code="RepoNotFound")
         return repository
 
     def pass_gate(self, repository: Repository) -> None:
@@ -385,19 +239,21 @@ class _Front(_Handler):
         restricted = f"Access to {repository.kind} {repository.name} is restricted"
         if not self.access:
             self.refuse(
-                401, "GatedRepo",
+                401,
                 f"{restricted}. You must have access to it and be authenticated to access it. "
                 "Please log in.",
-            )  # fmt: skip
+                code="GatedRepo",
+            )
         self.refuse(
-            403, "GatedRepo",
+            403,
             f"{restricted} and you are not in the authorized list. Visit {self.hub.endpoint}/"
             f"{repository.name} to ask for access.",
-        )  # fmt: skip
+            code="GatedRepo",
+        )
 
     def check_revision(self, repository: Repository, revision: str) -> None:
         if revision not in ("main", repository.commit):
-            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            self.refuse(404, f"Invalid rev id: {revision}", code="RevisionNotFound")
 
     def api(
         self, repository: Repository, what: str | None, revision: str | None, path: str | None,
@@ -413,7 +269,7 @@ class _Front(_Handler):
         if what == "tree":
             entries = repository.tree(path or "", self.query.get("recursive") in ("true", "True"))
             if path and not entries:
-                self.refuse(404, "EntryNotFound", f"{path} does not exist on {revision}")
+                self.refuse(404, f"{path} does not exist on {revision}", code="EntryNotFound")
             self.json(entries)
         if what == "paths-info":
             listing = {it["path"]: it for it in repository.tree("", True)}
@@ -450,7 +306,7 @@ class _Front(_Handler):
         headers = {"X-Repo-Commit": repository.commit}
         data = repository.files.get(path)
         if data is None:
-            self.refuse(404, "EntryNotFound", "Entry not found", headers)
+            self.refuse(404, "Entry not found", headers, code="EntryNotFound")
         if len(data) < LARGE:
             name = path.rpartition("/")[2]
             disposition = f"inline; filename*=UTF-8''{name}; filename=\"{name}\";"

@@ -14,24 +14,19 @@ Below `/git/` are the repositories of a directory, for git to clone. Standard li
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import os
 import re
-import socketserver
 import subprocess
-import threading
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
-ALWAYS = 1_000_000
-IDLE_SECONDS = 10
+from tests.servers.service import Handler, Service
+
 BRANCH = "alanwaketan/moe"
 RUN_CLM = "examples/pytorch/language-modeling/run_clm.py"
 
@@ -81,21 +76,6 @@ class Wheel:
     def project(self) -> str:
         """The name of its project, as an index has it in addresses."""
         return normalized(self.name.partition("-")[0])
-
-
-@dataclass
-class Fault:
-    """What goes wrong with the next ``times`` requests whose method and path match ``where``.
-
-    With ``after`` the connection breaks off after so many bytes of the body, with ``wrong`` the
-    body's last byte is another one; else ``status`` is the answer.
-    """
-
-    where: str
-    status: int = 503
-    after: int | None = None
-    wrong: bool = False
-    times: int = 1
 
 
 def normalized(project: str) -> str:
@@ -158,97 +138,42 @@ def fork(
     return repository.as_uri()
 
 
-class Index:
+class Index(Service):
     """The server: what it holds, what goes wrong, and what it was asked."""
 
     def __init__(self, repositories: Path | None = None) -> None:
+        super().__init__(_Handler)
         self.directories: dict[str, list[Wheel]] = {}
         self.repositories = repositories
         self.login = ""
-        self.faults: list[Fault] = []
-        self.requests: list[str] = []
-        self._lock = threading.Lock()
-        self._server = _Server(self)
-        self.host = f"127.0.0.1:{self._server.server_address[1]}"
-        self.origin = f"http://{self.host}"
-
-    def __enter__(self) -> Index:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        (self.origin,) = self.origins
+        self.host = self.origin.removeprefix("http://")
 
     def put(self, directory: str, *wheels: Wheel) -> None:
         """Put wheels into a directory, such as whl/cpu."""
         self.directories.setdefault(directory, []).extend(wheels)
 
-    def fault(self, request: str) -> Fault | None:
-        """Note a request, and return what goes wrong with it."""
-        with self._lock:
-            self.requests.append(request)
-            for fault in self.faults:
-                if fault.times and fault.where in request:
-                    fault.times -= 1
-                    return fault
-        return None
 
-    def asked(self, where: str) -> int:
-        """Return how many requests there were whose method and path hold ``where``."""
-        return sum(where in request for request in self.requests)
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    """A server on 127.0.0.1 and a free port."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, index: Index) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.index = index
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that leaves early is no news.
-        pass
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     """Pages, wheels and repositories."""
 
-    server: _Server
-    protocol_version = "HTTP/1.1"
-    timeout = IDLE_SECONDS
-
-    def do_GET(self) -> None:
-        index, url = self.server.index, urlsplit(self.path)
-        path = unquote(url.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.broken = index.fault(f"{self.command} {path}")
-        if self.broken and self.broken.after is None and not self.broken.wrong:
-            return self.answer(self.broken.status, b"a bad day")
+    def route(self) -> None:
+        index, path = self.server.service, self.asked_for
         login = base64.b64encode(index.login.encode()).decode()
         if index.login and self.headers.get("Authorization") != f"Basic {login}":
-            return self.answer(401, b"who are you?", {"WWW-Authenticate": 'Basic realm="index"'})
+            self.refuse(401, "who are you?", {"WWW-Authenticate": 'Basic realm="index"'})
         if path.startswith("/git/") and index.repositories:
-            return self.git(index.repositories, path.removeprefix("/git"), url.query, body)
+            self.git(index.repositories, path.removeprefix("/git"))
         directory, _, name = path.strip("/").rpartition("/")
         held = index.directories.get(directory, [])
         for it in held:
             if it.name == name:
-                return self.answer(200, it.data, {"Content-Type": "application/octet-stream"})
+                self.answer(200, it.data, {"Content-Type": "application/octet-stream"})
         if name.endswith(".html"):
-            return self.page("", held)
+            self.page("", held)
         if links := [it for it in held if it.project == normalized(name)]:
-            return self.page("../", links)
-        return self.answer(404, b"not found")
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        self.do_GET()
+            self.page("../", links)
+        self.refuse(404, "not found")
 
     def page(self, up: str, wheels: list[Wheel]) -> None:
         """Send a page with a link to every wheel."""
@@ -259,42 +184,24 @@ class _Handler(BaseHTTPRequestHandler):
         body = f"<!DOCTYPE html>\n<html><body>\n{''.join(links)}</body></html>\n".encode()
         self.answer(200, body, {"Content-Type": "text/html"})
 
-    def git(self, repositories: Path, path: str, query: str, body: bytes) -> None:
+    def git(self, repositories: Path, path: str) -> None:
         """Let git itself answer, which is a CGI program."""
         environment = os.environ | {
             "GIT_PROJECT_ROOT": str(repositories),
             "GIT_HTTP_EXPORT_ALL": "1",
             "REQUEST_METHOD": self.command,
             "PATH_INFO": path,
-            "QUERY_STRING": query,
+            "QUERY_STRING": self.url.query,
             "CONTENT_TYPE": self.headers.get("Content-Type", ""),
-            "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_LENGTH": str(len(self.body)),
             "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", ""),
             "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
         }
         ran = subprocess.run(
-            ["git", "http-backend"], env=environment, input=body, capture_output=True, check=True
-        )
+            ["git", "http-backend"],
+            env=environment, input=self.body, capture_output=True, check=True,
+        )  # fmt: skip
         head, _, content = ran.stdout.partition(b"\r\n\r\n")
         headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
         status = int(headers.pop("Status", "200").split()[0])
         self.answer(status, content, headers)
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        """Send an answer, in so far as nothing goes wrong with it."""
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if self.broken and self.broken.wrong:
-            body = body[:-1] + bytes([body[-1] ^ 1])
-        after = self.broken.after if self.broken else None
-        with contextlib.suppress(BrokenPipeError):
-            self.wfile.write(body[:after])
-        if after is not None:
-            self.close_connection = True
-
-    def log_message(self, *_: object) -> None:
-        pass

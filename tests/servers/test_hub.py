@@ -16,7 +16,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import close_session
 
 from tests.servers.authority import certify
-from tests.servers.hub import Fault, Hub, sha256
+from tests.servers.faults import Fault
+from tests.servers.hub import Hub, sha256
+from tests.servers.hub_client import fresh_client
 
 WEIGHTS = random.Random(7).randbytes(12_000_000)
 FILES = {"config.json": b"{}\n", "onnx/small.bin": b"x" * 1000, "onnx/model.bin": WEIGHTS}
@@ -25,14 +27,10 @@ FILES = {"config.json": b"{}\n", "onnx/small.bin": b"x" * 1000, "onnx/model.bin"
 @pytest.fixture
 def hub(monkeypatch):
     """A hub with an open and a gated model. The client asks nobody else, and keeps to itself."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    close_session()
-    with Hub() as hub:
+    with fresh_client(monkeypatch), Hub() as hub:
         hub.add("org/open", FILES)
         hub.add("org/gated", FILES, gated=True)
         yield hub
-    close_session()
 
 
 @pytest.fixture
@@ -73,19 +71,19 @@ def test_a_large_file_comes_from_elsewhere_and_the_token_does_not_go_there(hub, 
     assert httpx2.get(link.partition("?")[0], trust_env=False).status_code == 403
 
 
-def test_a_dataset_is_a_room_of_its_own(hub, download):
+def test_a_dataset_and_a_model_may_have_the_same_name(hub, download):
     hub.add("org/open", {"data.txt": b"text"}, kind="dataset")
     assert download("org/open", "data.txt", repo_type="dataset") == b"text"
     with pytest.raises(RemoteEntryNotFoundError):
         download("org/open", "data.txt")
 
 
-def test_what_has_moved_is_found(hub, download):
+def test_a_renamed_repository_is_found(hub, download):
     hub.moved["old"] = "org/open"
     assert download("old", "config.json") == FILES["config.json"]
 
 
-def test_a_gate_opens_for_those_on_the_list(hub, download):
+def test_a_gated_repository_is_read_by_those_on_its_list(hub, download):
     assert download("org/gated", "config.json", token=hub.token(reads=["org/gated"])) == b"{}\n"
     for token, status in [(False, 401), (hub.token(), 403)]:
         with pytest.raises(
@@ -95,7 +93,7 @@ def test_a_gate_opens_for_those_on_the_list(hub, download):
         assert found.value.response.status_code == status
 
 
-def test_what_is_private_is_not_there_for_others(hub, download):
+def test_a_private_repository_is_not_found_by_others(hub, download):
     hub.add("ada/private", FILES, private=True)
     assert download("ada/private", "config.json", token=hub.token(reads=["ada/private"]))
     for name in ("ada/private", "ada/none"):
@@ -116,7 +114,7 @@ def test_a_token_has_an_owner(hub):
 
 
 @pytest.mark.parametrize("expired", [True, False])
-def test_a_token_that_is_none_any_more_is_refused_everywhere(hub, expired):
+def test_an_expired_or_unknown_token_is_refused_everywhere(hub, expired):
     token = hub.token(expired=True) if expired else "hf_never"
     api = HfApi(endpoint=hub.endpoint, token=token)
     for question in (api.whoami, lambda: api.model_info("org/open")):
@@ -142,10 +140,8 @@ def test_a_busy_hub_is_asked_again(hub, download, status):
 
 
 def test_it_speaks_tls_to_those_who_trust_its_authority(monkeypatch, tmp_path):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     tls, trusted = certify(tmp_path)
-    with Hub(tls) as hub:
+    with fresh_client(monkeypatch), Hub(tls) as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token("grace"))
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
         close_session()
@@ -154,10 +150,9 @@ def test_it_speaks_tls_to_those_who_trust_its_authority(monkeypatch, tmp_path):
         close_session()
         with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             api.whoami()
-    close_session()
 
 
-def test_it_tells_whom_it_has_given_what(hub, download):
+def test_reads_are_recorded_with_their_user(hub, download):
     download("org/gated", "config.json", token=hub.token("grace", reads=["org/gated"]))
     download("org/open", "config.json")
     assert hub.reads == [("grace", "org/gated/config.json"), (None, "org/open/config.json")]

@@ -1,22 +1,19 @@
 """A simulated slice to break, the playbooks that have to notice, and what they leave behind."""
 
 import json
-import os
-import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import docker
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import playbook
+from tests.playbook import ROOT
+
 WORKERS = ["sim-w0", "sim-w1"]
-# The trainer's first step is there within this, on two cores that it shares with everybody.
-START_SECONDS = 180
 # An image that takes seconds: it validates, but cannot train. Its name is its own, so that the
 # trainer's layers stay on the workers.
 SMALL_IMAGE = {
@@ -35,73 +32,13 @@ SMALL_MODEL = {
 }
 
 
-class Playbook:
-    """An ansible-playbook that runs, and what it has printed."""
+class Playbook(playbook.Playbook):
+    """An ansible-playbook on the simulated slice, unless another inventory is named."""
 
     def __init__(
-        self, name: str, *options: str, environment: Mapping[str, str] | None = None,
-        inventory: str = "inventory/simulated", **variables: object,
-    ) -> None:  # fmt: skip
-        self.process = subprocess.Popen(
-            ["ansible-playbook", f"--inventory={inventory}", name, *options]
-            + [f"--extra-vars={json.dumps({key: value})}" for key, value in variables.items()],
-            cwd=ROOT,
-            # Molecule asks for colours.
-            env=os.environ
-            | {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
-            | (environment or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._lines: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self._lines.append(line)
-            print(line, end="", flush=True)
-
-    def wait_for(self, text: str, seconds: float = START_SECONDS) -> None:
-        """Return when ``text`` is on the screen."""
-        end = time.monotonic() + seconds
-        while text not in self.screen:
-            assert self.process.poll() is None, f"it ended without {text!r}"
-            assert time.monotonic() < end, f"{text!r} did not come within {seconds} s"
-            time.sleep(0.2)
-
-    def end(self, seconds: float = 240) -> int:
-        """Return the exit code."""
-        code = self.process.wait(seconds)
-        self._reader.join()
-        return code
-
-    def abort(self) -> None:
-        """End it at once, if it still runs."""
-        if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
-            self.end()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal as a terminal does, to all of its processes."""
-        os.killpg(self.process.pid, number)
-
-    @property
-    def screen(self) -> str:
-        """What it has printed so far."""
-        return "".join(self._lines)
-
-    @property
-    def code(self) -> int | None:
-        """The exit code, None while it runs."""
-        return self.process.poll()
-
-    @property
-    def table(self) -> str:
-        """What stands after the recap, on one line."""
-        return " ".join(self.screen.partition("PLAY RECAP")[2].split())
+        self, name: str, *options: str, inventory: str = "inventory/simulated", **more: object
+    ) -> None:
+        super().__init__(name, *options, inventory=inventory, **more)
 
 
 class Worker:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.servers.hub import Fault, Hub, sha256
+from tests.servers.faults import Fault
+from tests.servers.hub import Hub, sha256
 from tests.slices.simulated_slice import WORKERS, Playbook, Runs, Worker
 
 DATASET, TOKENIZER = "Salesforce/wikitext", "mistralai/Mixtral-8x7B-v0.1"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers.index import ALWAYS, Fault, Index, Wheel, wheel
+from tests.servers.faults import ALWAYS, Fault
+from tests.servers.index import Index, Wheel, wheel
 from tests.slices.simulated_slice import (
     ROOT,
     SMALL_MODEL,

@@ -187,7 +187,7 @@ def test_a_stack_must_be_on_the_worker():
     assert "site.yml -e runtime=native -e stack=nightly" in error
 
 
-def test_the_right_image_is_nothing_to_say():
+def test_the_right_image_is_no_error():
     assert not list(image_errors("t:release", [image("a" * 64)], "a" * 64))
 
 
@@ -199,7 +199,7 @@ def test_the_right_image_is_nothing_to_say():
         ([image(None)], "is not set"),
     ],
 )
-def test_an_image_that_is_not_the_right_one(found, said):
+def test_a_missing_or_another_image_is_named(found, said):
     (error,) = image_errors("t:release", found, "a" * 64)
     assert said in error
     assert "site.yml" in error
@@ -216,7 +216,7 @@ def configuration(tmp_path):
     return result
 
 
-def test_a_file_that_is_the_controllers_is_nothing_to_say(configuration):
+def test_a_file_that_is_the_controllers_is_no_error(configuration):
     checksum = hashlib.sha1(b"{}\n").hexdigest()
     same = configuration(exists=True, path="/home/me/config.json", checksum=checksum)
     assert not list(configuration_errors([same]))

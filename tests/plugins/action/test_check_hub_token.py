@@ -3,8 +3,7 @@
 import socket
 
 import pytest
-from huggingface_hub import HfApi, constants
-from huggingface_hub.utils import close_session
+from huggingface_hub import HfApi
 
 from plugins.action import check_hub_token
 from plugins.action.check_hub_token import (
@@ -15,7 +14,9 @@ from plugins.action.check_hub_token import (
     owner,
     unreadable,
 )
-from tests.servers.hub import Fault, Hub
+from tests.servers.faults import Fault
+from tests.servers.hub import Hub
+from tests.servers.hub_client import fresh_client
 
 
 @pytest.fixture
@@ -28,12 +29,8 @@ def waits(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    close_session()
-    with Hub() as hub:
+    with fresh_client(monkeypatch), Hub() as hub:
         yield hub
-    close_session()
 
 
 def api(hub, token: str) -> HfApi:
@@ -45,7 +42,7 @@ def test_a_token_that_the_hub_knows_has_an_owner(hub):
 
 
 @pytest.mark.parametrize(("expired", "word"), [(True, "expired"), (False, "wrong")])
-def test_a_token_that_the_hub_does_not_take(hub, expired, word):
+def test_an_expired_or_wrong_token_is_refused(hub, expired, word):
     token = hub.token(expired=True) if expired else "hf_unknown"
     with pytest.raises(
         TokenError, match=f"^The Hugging Face token in the file x is {word}:"
@@ -55,7 +52,7 @@ def test_a_token_that_the_hub_does_not_take(hub, expired, word):
     assert hub.asked("whoami") == 1
 
 
-def test_what_may_be_read_is_nothing_to_say(hub):
+def test_readable_repositories_are_no_complaint(hub):
     token = hub.token(reads=["org/gated"])
     hub.add("org/gated", {}, gated=True)
     hub.add("org/texts", {}, kind="dataset")
@@ -125,7 +122,7 @@ def test_a_hub_that_is_not_there_is_named(hub, waits):
     assert waits == [1, 2, 4]
 
 
-def test_what_is_no_hub_is_told_so(hub):
+def test_a_server_that_is_no_hub_is_named(hub):
     hub.faults.append(Fault("whoami", 404))
     with pytest.raises(TokenError, match="answers 404 to the question whom the token in HF_TOKEN"):
         owner(api(hub, "hf_x"), "HF_TOKEN")
@@ -134,12 +131,12 @@ def test_what_is_no_hub_is_told_so(hub):
 @pytest.mark.parametrize(
     "endpoint", ["hub.example", "ftp://hub.example", "https://", "http://hub:port"]
 )
-def test_what_is_no_address_is_refused(endpoint):
+def test_an_invalid_address_is_refused(endpoint):
     with pytest.raises(TokenError, match="HF_ENDPOINT"):
         check_endpoint(endpoint)
 
 
-def test_an_address_of_ones_own_is_fine():
+def test_another_hub_may_be_named():
     check_endpoint("http://127.0.0.1:8000/hub")
 
 

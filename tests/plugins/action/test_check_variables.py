@@ -1,10 +1,6 @@
 """Names and values that a user sets, against what this repository knows."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -15,8 +11,8 @@ from plugins.action.check_variables import (
     unfit,
     unknown,
 )
+from tests.playbook import ROOT, run_playbook
 
-ROOT = Path(__file__).parents[3]
 OPTIONS = role_options(ROOT / "roles")
 PUBLIC = public_names(ROOT / "playbooks/group_vars/all", OPTIONS)
 
@@ -124,32 +120,18 @@ def test_two_names_of_one_variable_are_not_given_together(values, typed, refused
         assert "Give one of them" in complaint
 
 
-def run_opening(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            Path(sys.executable).with_name("ansible-playbook"),
-            "playbooks/check_workers.yml",
-            *arguments,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def test_ansible_passes_what_is_right():
-    assert run_opening("-e", "gmm=true", "-e", '{"max_steps": 3}').returncode == 0
+    run = run_playbook("playbooks/check_workers.yml", "-e", "gmm=true", max_steps=3)
+    assert run.code == 0
 
 
 def test_ansible_refuses_and_names_everything_that_is_wrong(tmp_path):
     extra = tmp_path / "extra.yml"
     extra.write_text("gmm: maybe\nmax_stepps: 3\n")
-    result = run_opening("-e", f"@{extra}")
-    assert result.returncode != 0
-    assert "'maybe' is not a valid boolean" in result.stdout
-    assert "-e max_stepps: there is no such variable. Did you mean max_steps?" in result.stdout
+    run = run_playbook("playbooks/check_workers.yml", "-e", f"@{extra}")
+    assert run.code != 0
+    assert "'maybe' is not a valid boolean" in run.screen
+    assert "-e max_stepps: there is no such variable. Did you mean max_steps?" in run.screen
 
 
 def test_ansible_refuses_a_batch_that_an_inventory_gives_by_its_other_name(tmp_path):
@@ -159,11 +141,11 @@ def test_ansible_refuses_a_batch_that_an_inventory_gives_by_its_other_name(tmp_p
         "  hosts: {localhost: {ansible_connection: local}}\n"
         "  vars: {per_device_train_batch_size: 32}\n"
     )
-    result = run_opening("-i", str(hosts), "-e", "global_batch=64")
-    assert result.returncode != 0
-    assert "global_batch is 64 and per_device_train_batch_size is 32" in result.stdout
+    run = run_playbook("playbooks/check_workers.yml", "-e", "global_batch=64", inventory=hosts)
+    assert run.code != 0
+    assert "global_batch is 64 and per_device_train_batch_size is 32" in run.screen
 
 
 def test_inventories_of_this_repository_leave_the_batch_both_of_its_names():
     for name in ("global_batch", "per_device_train_batch_size"):
-        assert run_opening("-e", f"{name}=16").returncode == 0
+        assert run_playbook("playbooks/check_workers.yml", "-e", f"{name}=16").code == 0

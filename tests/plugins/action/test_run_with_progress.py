@@ -2,39 +2,25 @@
 
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import yaml
 
 from plugins.action import run_with_progress
-
-ROOT = Path(__file__).parents[3]
+from tests.playbook import Playbook, run_playbook, write_inventory, write_play
 
 
 @pytest.fixture
 def play(tmp_path):
-    """Run one task with ``run_with_progress`` and return the finished ansible-playbook."""
+    """Run one task with ``run_with_progress``."""
 
-    def run(*options: str, **arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*options: str, **arguments: object) -> Playbook:
         task = {"name": "Work", "run_with_progress": {"would": "work hard", **arguments}}
         task["environment"] = {"COLOUR": "deep blue"}
-        playbook = tmp_path / "play.yml"
-        playbook.write_text(
-            yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": [task]}])
-        )
-        return subprocess.run(
-            [
-                *(Path(sys.executable).parent / "ansible-playbook", "-i", "here,", "-c", "local"),
-                *("-e", f"ansible_python_interpreter={sys.executable}", playbook, *options),
-            ],
-            env=os.environ
-            | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-            | {"ANSIBLE_REMOTE_TMP": str(tmp_path / "remote")},
-            capture_output=True,
-            text=True,
-            timeout=60,
+        return run_playbook(
+            write_play(tmp_path, task),
+            *options,
+            inventory=write_inventory(tmp_path, {"here": {}}),
+            environment={"ANSIBLE_REMOTE_TMP": str(tmp_path / "remote")},
         )
 
     return run
@@ -52,32 +38,32 @@ def test_files_private_files_and_environment_arrive_and_go(play, tmp_path):
         cmd=f"(files/deep/run.sh; ls files; cat private/password; echo; echo $COLOUR;"
         f" stat -c %a .) > {tmp_path}/seen",
     )
-    assert ran.returncode == 0, ran.stdout
-    assert "changed=1" in ran.stdout
+    assert ran.code == 0
+    assert "changed=1" in ran.screen
     assert (tmp_path / "seen").read_text() == "ran\ndeep\nopen sesame\ndeep blue\n700\n"
     assert list((tmp_path / "remote").iterdir()) == []
-    assert "sesame" not in ran.stdout + ran.stderr
+    assert "sesame" not in ran.screen
 
 
 def test_a_failure_shows_the_last_lines(play, tmp_path):
     ran = play(cmd="seq 100; echo 'no space left' >&2; exit 7")
-    assert ran.returncode == 2
-    assert "exit code 7" in ran.stdout
-    assert "no space left" in ran.stdout
-    assert "\n        90" in ran.stdout
-    assert "\n        70" not in ran.stdout
+    assert ran.code == 2
+    assert "exit code 7" in ran.screen
+    assert "no space left" in ran.screen
+    assert "\n        90" in ran.screen
+    assert "\n        70" not in ran.screen
     assert list((tmp_path / "remote").iterdir()) == []
 
 
 def test_a_killed_command_is_not_waited_for(play):
     # The shell that runs the command is the parent's child: both die, as when memory runs out.
     ran = play(cmd="echo going; kill -9 $PPID $$")
-    assert ran.returncode == 2
-    assert "ended without an exit code" in ran.stdout
-    assert "going" in ran.stdout
+    assert ran.code == 2
+    assert "ended without an exit code" in ran.screen
+    assert "going" in ran.screen
 
 
-def test_it_shows_that_it_moves(monkeypatch, tmp_path):
+def test_progress_is_the_log_s_last_line(monkeypatch, tmp_path):
     def shell_out(command: str) -> str:
         return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True).stdout
 
@@ -95,6 +81,6 @@ def test_it_shows_that_it_moves(monkeypatch, tmp_path):
 
 def test_check_mode_says_what_it_would_do(play, tmp_path):
     ran = play("--check", cmd=f"touch {tmp_path}/seen")
-    assert "[here] would work hard" in ran.stdout
-    assert "changed=1" in ran.stdout
+    assert "[here] would work hard" in ran.screen
+    assert "changed=1" in ran.screen
     assert not (tmp_path / "seen").exists()

@@ -11,7 +11,8 @@ import yaml
 
 from plugins.action.slice import ActionModule
 from plugins.action.slice_info import ActionModule as InfoModule
-from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.servers.faults import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 DEFAULTS = yaml.safe_load((ROOT / "roles/slice/defaults/main.yml").read_text())
@@ -116,7 +117,7 @@ def test_labels_and_key_change_in_place_and_nothing_else(api: TpuApi, act: Act, 
     assert not api.asked("POST|PATCH|DELETE")
 
 
-def test_a_key_is_somebodys(api: TpuApi, act: Act, tmp_path: Path) -> None:
+def test_a_key_without_a_user_is_refused(api: TpuApi, act: Act, tmp_path: Path) -> None:
     # A container has no USER.
     assert act("present", accelerator_type="v6e-4", ssh_user="")["changed"]
     key = tmp_path / "key.pub"
@@ -208,10 +209,10 @@ def test_what_outlived_its_hours_is_deleted_and_nothing_else(api: TpuApi, act: A
     assert not act("", expired=True, name="")["changed"]
 
 
-def test_what_cannot_be_deleted_keeps_nothing_else_alive(api: TpuApi, act: Act) -> None:
+def test_the_others_are_deleted_where_one_cannot_be(api: TpuApi, act: Act) -> None:
     for name in ("a", "b", "c"):
         api.add(name, hours=3, labels={"max-minutes": "120"})
-    api.faults.append(Fault("DELETE .*/nodes/a", 403, "the caller may not delete a"))
+    api.faults.append(Fault("DELETE .*/nodes/a", 403, message="the caller may not delete a"))
     told = act("", expired=True, name="")
     assert told["failed"]
     assert told["changed"]
@@ -230,7 +231,7 @@ def test_what_cannot_be_deleted_keeps_nothing_else_alive(api: TpuApi, act: Act) 
         ((8, "Quota limit 'TPUV5PPerProject' has been exceeded."), "iam-admin/quotas?project=my-p"),
     ],
 )
-def test_what_cannot_be_made_is_told(api: TpuApi, act: Act, refusal: tuple, words: str) -> None:
+def test_why_a_slice_is_not_made_is_told(api: TpuApi, act: Act, refusal: tuple, words: str) -> None:
     api.refusal = refusal
     failed = act("present", accelerator_type="v5p-16")
     assert failed["failed"]
@@ -258,7 +259,7 @@ def test_what_cannot_be_made_is_told(api: TpuApi, act: Act, refusal: tuple, word
         ({"accelerator_type": "v5p-16", "project": "nope"}, "Check that nope is the project's id"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_wanted_is_refused(
+def test_a_slice_that_cannot_exist_is_refused(
     api: TpuApi, act: Act, variables: dict, words: str
 ) -> None:
     failed = act("present", **variables)
@@ -267,8 +268,8 @@ def test_what_cannot_be_wanted_is_refused(
     assert not api.nodes
 
 
-def test_a_name_that_something_else_has_taken(api: TpuApi, act: Act) -> None:
-    api.faults.append(Fault("POST .*/nodes", 409, "Resource 'my-tpu' already exists"))
+def test_a_name_that_is_taken_is_refused(api: TpuApi, act: Act) -> None:
+    api.faults.append(Fault("POST .*/nodes", 409, message="Resource 'my-tpu' already exists"))
     assert "The name is in use" in act("present", accelerator_type="v5p-16")["msg"]
     api.add("my-tpu", state="STOPPED")
     assert "gcloud compute tpus tpu-vm start my-tpu" in act("present")["msg"]

@@ -1,16 +1,14 @@
 """An archive on its way into an engine that is a script, through a real playbook."""
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from plugins.action import stream_image
+from tests.playbook import Playbook, run_playbook, write_inventory, write_play
 
-ROOT = Path(__file__).parents[3]
 MIB = 1 << 20
 
 
@@ -25,23 +23,14 @@ def load(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "archive").write_bytes(bytes(range(256)) * (3 * MIB // 256))
 
-    def run(docker: str, *options: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    def run(docker: str, *options: str, **variables: object) -> Playbook:
         script(tmp_path / "bin/docker", docker)
         task = {"name": "Load", "stream_image": {"archive": str(tmp_path / "archive")}}
-        play = [{"hosts": "all", "gather_facts": False, "tasks": [task]}]
-        (tmp_path / "play.yml").write_text(json.dumps(play))
-        variables = {"ansible_connection": "local"} | variables
-        return subprocess.run(
-            [
-                *(Path(sys.executable).parent / "ansible-playbook", "-i", "here,", *options),
-                *("-e", json.dumps(variables), tmp_path / "play.yml"),
-            ],
-            env=os.environ
-            | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
-            | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
-            capture_output=True,
-            text=True,
-            timeout=60,
+        return run_playbook(
+            write_play(tmp_path, task),
+            *options,
+            inventory=write_inventory(tmp_path, {"here": variables}),
+            environment={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
         )
 
     return run
@@ -49,19 +38,19 @@ def load(tmp_path):
 
 def test_every_byte_arrives(load, tmp_path):
     ran = load(f'echo "$@" > {tmp_path}/arguments; cat > {tmp_path}/arrived')
-    assert ran.returncode == 0, ran.stdout
-    assert "changed=1" in ran.stdout
+    assert ran.code == 0
+    assert "changed=1" in ran.screen
     assert (tmp_path / "arguments").read_text() == "load --quiet\n"
     assert (tmp_path / "arrived").read_bytes() == (tmp_path / "archive").read_bytes()
 
 
 def test_a_failure_is_told_in_docker_s_words(load):
     ran = load("dd bs=1M count=1 > /dev/null 2>&1; echo 'no space left on device' >&2; exit 1")
-    assert ran.returncode == 2
-    assert "was not loaded: no space left on device. 1 of 3 MiB were sent" in ran.stdout
+    assert ran.code == 2
+    assert "was not loaded: no space left on device. 1 of 3 MiB were sent" in ran.screen
 
 
-def test_it_goes_the_way_that_ansible_goes(load, tmp_path):
+def test_it_takes_ansible_s_own_connection_and_sudo(load, tmp_path):
     # The last argument is the command for the worker, and there sudo is.
     script(tmp_path / "ssh", f'echo "$@" >> {tmp_path}/ways; for it; do :; done; exec sh -c "$it"')
     script(
@@ -79,7 +68,7 @@ def test_it_goes_the_way_that_ansible_goes(load, tmp_path):
         ansible_become=True,
         ansible_become_exe=str(tmp_path / "sudo"),
     )
-    assert ran.returncode == 0, ran.stdout
+    assert ran.code == 0
     way = (tmp_path / "ways").read_text().splitlines()[-1]
     for part in ("Port=2222", 'User="tpu"', "ProxyCommand=hop", "ControlPersist", " 192.0.2.7 "):
         assert part in way
@@ -96,18 +85,18 @@ def test_where_sudo_wants_a_password_it_says_what_to_do(load):
         ansible_become=True,
         ansible_become_password="secret",
     )
-    assert ran.returncode == 2
-    assert "sudo asks for a password on this worker" in ran.stdout
-    assert "secret" not in ran.stdout
+    assert ran.code == 2
+    assert "sudo asks for a password on this worker" in ran.screen
+    assert "secret" not in ran.screen
 
 
 def test_check_mode_loads_nothing(load, tmp_path):
     ran = load(f"touch {tmp_path}/seen", "--check")
-    assert ran.returncode == 0, ran.stdout
+    assert ran.code == 0
     assert not (tmp_path / "seen").exists()
 
 
-def test_it_shows_how_far_it_is(monkeypatch, tmp_path):
+def test_progress_is_shown_in_mib(monkeypatch, tmp_path):
     lines = []
     monkeypatch.setattr(stream_image, "SHOW_SECONDS", 0.2)
     monkeypatch.setattr(stream_image.display, "display", lines.append)
@@ -121,5 +110,5 @@ def test_it_shows_how_far_it_is(monkeypatch, tmp_path):
     assert lines[0] == "  [w0] 0:00  2 of 3 MiB"
 
 
-def test_what_is_left_to_do_is_the_engine_s():
+def test_once_all_is_sent_the_engine_is_said_to_work():
     assert stream_image.progress(125, 5 * MIB, 5 * MIB).startswith("2:05  all 5 MiB sent")

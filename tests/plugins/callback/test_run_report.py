@@ -1,16 +1,12 @@
 """What stands on the screen at the very end."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from plugins.callback.run_report import failures, results, table, what_to_do
+from tests.playbook import run_playbook, write_inventory, write_play
 
-ROOT = Path(__file__).parents[3]
 REPORT = {
     "run_id": "20260102-030405",
     "status": "succeeded",
@@ -146,74 +142,70 @@ def test_what_the_tpu_says_of_a_worker_stands_with_it(run_dir):
     assert lines[6] == "  TPU symptom    MESH_BUILD_FAIL 3 links"
 
 
-def play(tmp_path, *tasks):
-    playbook = tmp_path / "play.yml"
-    playbook.write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
-    return subprocess.run(
-        [Path(sys.executable).with_name("ansible-playbook"), playbook],
-        cwd=ROOT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.partition("PLAY RECAP")[2]
+def shown_at_the_end(tmp_path, *tasks):
+    return run_playbook(write_play(tmp_path, *tasks)).recap
 
 
 def test_a_run_is_shown_after_the_recap(tmp_path, run_dir):
     (run_dir / "report.json").write_text(json.dumps(REPORT | {"status": "failed"}))
     task = {"ansible.builtin.set_stats": {"data": {"train_run_dir": str(run_dir)}}}
-    shown = play(tmp_path, task)
+    shown = shown_at_the_end(tmp_path, task)
     assert "RUN 20260102-030405: failed" in shown
     assert f"artifacts            {run_dir}" in shown
     assert shown.rstrip().endswith("RuntimeError: boom")
 
 
-def test_a_failure_before_the_run_is_said_again_after_the_recap(tmp_path):
-    shown = play(tmp_path, {"name": "Look", "ansible.builtin.fail": {"msg": "no such thing"}})
-    assert "what happened  no such thing" in shown
-
-
-def test_of_a_loop_every_item_that_failed_is_said(tmp_path):
-    shown = play(
-        tmp_path,
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """What stands at the end when workers have failed: at a task, in a loop, at connecting."""
+    directory = tmp_path_factory.mktemp("failed")
+    nobody = {
+        "ansible_connection": "ssh",
+        "ansible_host": "localhost",
+        "ansible_port": 1,
+        "ansible_ssh_retries": 0,
+        "ansible_ssh_common_args": "-o UserKnownHostsFile=/dev/null",
+    }
+    tasks = [
         {
-            "name": "Look",
+            "ansible.builtin.fail": {"msg": "no such thing"},
+            "when": "inventory_hostname == 'task'",
+        },
+        {
             "ansible.builtin.assert": {"that": "item != 'b'", "fail_msg": "{{ item }} is wrong"},
             "loop": ["a", "b"],
+            "when": "inventory_hostname == 'loop'",
         },
-    )
-    assert "what happened  b is wrong" in shown
-    assert "a is wrong" not in shown
+        {"ansible.builtin.ping": {}, "when": "inventory_hostname == 'nobody'"},
+    ]
+    workers = write_inventory(directory, {"task": {}, "loop": {}, "nobody": nobody})
+    return run_playbook(write_play(directory, *tasks), inventory=workers).recap
 
 
-def test_a_worker_that_cannot_be_reached_has_a_next_step(tmp_path):
-    shown = play(
-        tmp_path,
-        {
-            "name": "Look",
-            "ansible.builtin.ping": {},
-            "vars": {
-                "ansible_connection": "ssh",
-                "ansible_port": 1,
-                "ansible_ssh_retries": 0,
-                "ansible_ssh_common_args": "-o UserKnownHostsFile=/dev/null",
-            },
-        },
-    )
-    assert "ssh: connect to host localhost port 1: Connection refused" in shown
-    assert "what to do     check that the worker is up" in shown
+def test_a_failure_before_the_run_is_said_again_after_the_recap(failed):
+    assert "what happened  no such thing" in failed
+
+
+def test_of_a_loop_every_item_that_failed_is_said(failed):
+    assert "what happened  b is wrong" in failed
+    assert "a is wrong" not in failed
+
+
+def test_a_worker_that_cannot_be_reached_has_a_next_step(failed):
+    assert "ssh: connect to host localhost port 1: Connection refused" in failed
+    assert "what to do     check that the worker is up" in failed
 
 
 def test_a_success_without_a_run_says_nothing(tmp_path):
     task = {"ansible.builtin.meta": "noop"}
-    assert "FAILED" not in play(tmp_path, task)
+    assert "FAILED" not in shown_at_the_end(tmp_path, task)
 
 
 def test_a_worker_that_never_started_is_said_too(tmp_path, run_dir):
     unknown = {"loss": {"first": None, "last": None}, "step_time_s": {"p50": None}}
     report = REPORT | {"status": "failed"} | unknown
     (run_dir / "report.json").write_text(json.dumps(report))
-    shown = play(
+    shown = shown_at_the_end(
         tmp_path,
         {
             "block": [{"name": "Start", "ansible.builtin.fail": {"msg": "no such image"}}],

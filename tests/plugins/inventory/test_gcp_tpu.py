@@ -16,7 +16,8 @@ from ansible.plugins.loader import inventory_loader
 from ansible.template import Templar
 from ansible.utils.context_objects import CLIArgs
 
-from tests.servers.cloud_tpu import PROJECT, ZONE, Fault, TpuApi
+from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
+from tests.servers.faults import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
 Read = Callable[..., InventoryData]
@@ -208,7 +209,7 @@ def test_slices_in_other_states_stay_out_and_are_named(api: TpuApi, read: Read, 
     assert "gone-w1" in read(states=["READY", "PREEMPTED"]).hosts
 
 
-def test_nothing_is_never_taken_for_success(api: TpuApi, read: Read) -> None:
+def test_no_slice_is_an_error_unless_one_is_to_be_made(api: TpuApi, read: Read) -> None:
     api.add("gone", state="PREEMPTED")
     with pytest.raises(AnsibleParserError, match=r"^gone is PREEMPTED: left out"):
         read(names=["gone"])
@@ -257,7 +258,8 @@ def test_the_cache_spares_requests_until_it_is_refreshed(
 
 def test_a_busy_api_is_asked_again(api: TpuApi, read: Read) -> None:
     api.add("my-tpu")
-    api.faults += [Fault("nodes", 503), Fault("nodes", 429, "Quota exceeded for quota metric")]
+    quota = "Quota exceeded for quota metric"
+    api.faults += [Fault("nodes", 503), Fault("nodes", 429, message=quota)]
     assert "my-tpu-w1" in read().hosts
     assert len(api.requests) == 3
 
@@ -284,7 +286,7 @@ def test_a_busy_api_is_asked_again(api: TpuApi, read: Read) -> None:
         ({"projects": [], "zones": []}, "gives no projects: export PROJECT"),
     ],
 )  # fmt: skip
-def test_what_was_wrong_is_one_line_with_what_to_do(
+def test_an_error_is_one_line_with_what_to_do(
     api: TpuApi, read: Read, monkeypatch, tmp_path: Path, options: dict, words: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -312,10 +314,10 @@ def test_what_was_wrong_is_one_line_with_what_to_do(
         (404, "Requested entity was not found.", "Check the project, the zone"),
     ],
 )
-def test_what_the_api_refuses_is_told_with_what_to_do(
+def test_a_refusal_of_the_api_is_told_with_what_to_do(
     api: TpuApi, read: Read, status: int, message: str, words: str
 ) -> None:
-    api.faults.append(Fault("nodes", status, message))
+    api.faults.append(Fault("nodes", status, message=message))
     with pytest.raises(AnsibleParserError) as caught:
         read()
     assert f"{message.rstrip('.')} ({status}). " in str(caught.value)

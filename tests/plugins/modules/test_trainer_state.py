@@ -84,7 +84,7 @@ def container(**state):
     return json.dumps({"State": STATE | state, "Config": config}).encode()
 
 
-def test_without_an_engine_it_says_so(look):
+def test_a_missing_engine_is_told(look):
     answer = look()
     assert (answer["engine"], answer["state"]) == (False, None)
 
@@ -230,7 +230,7 @@ def sleeper():
         one.kill()
 
 
-def test_a_process_that_was_not_started_yet(look, process):
+def test_a_process_that_was_not_started_yet_has_its_command_and_no_start(look, process):
     state = look(process_dir=process())["state"]
     assert (state["run_id"], state["running"], state["started"]) == ("run-2", False, None)
     assert state["command"] == PROCESS["command"]
@@ -242,13 +242,13 @@ def test_a_process_that_runs_needs_no_engine(look, process, sleeper):
     assert (answer["state"]["runtime"], answer["state"]["running"]) == ("native", True)
 
 
-def test_a_process_that_has_ended(look, process, sleeper):
+def test_a_process_that_has_ended_has_its_exit_code(look, process, sleeper):
     known = {"started": "2026-01-02T03:04:05Z", "finished": "2026-01-02T03:05:05Z"}
     state = look(process_dir=process(**known, **sleeper, exit_code=7, oom_killed=False))["state"]
     assert (state["running"], state["exit_code"], state["error"]) == (False, 7, "")
 
 
-def test_a_process_whose_id_is_another_s_by_now(look, process, sleeper):
+def test_a_process_whose_id_is_another_s_by_now_counts_as_killed(look, process, sleeper):
     known = {"started": "2026-01-02T03:04:05Z", "pid": sleeper["pid"]}
     state = look(process_dir=process(began=sleeper["began"] - 1, **known))["state"]
     assert (state["running"], state["exit_code"]) == (False, 137)

@@ -18,7 +18,8 @@ import torch_xla
 import torch_xla.runtime as xr
 from safetensors.torch import load, save
 
-from tests.servers.cloud_storage import CloudStorage, Fault
+from tests.servers.cloud_storage import CloudStorage
+from tests.servers.faults import Fault
 from trainer import checkpoint, storage
 from trainer.checkpoint import Checkpoint, SaveFailed, Saver
 from trainer.flags import BadInput
@@ -185,7 +186,7 @@ def steps_in(bucket: dict[str, bytes]) -> set[str]:
 def test_a_run_killed_while_it_uploads_is_resumed_from_what_is_complete(
     whole, tmp_path, cloud, bucket
 ):
-    cloud.faults.append(Fault("POST .*/checkpoint-12/"))
+    cloud.faults.append(Fault("POST .*/checkpoint-12/", status=None))
     cloud.stuck.clear()
     run = start(tmp_path, *IN_BUCKET)
     assert cloud.stuck.wait(120)

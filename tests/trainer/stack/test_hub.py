@@ -14,7 +14,8 @@ import pytest
 from huggingface_hub import constants, file_download
 from huggingface_hub.utils import _http, close_session
 
-from tests.servers.hub import Fault, Hub, sha256
+from tests.servers.faults import Fault
+from tests.servers.hub import Hub, sha256
 from tests.servers.hub_content import tokenizer, wikitext
 from trainer.arguments import Arguments
 from trainer.data import load_tokenizer
