@@ -33,13 +33,18 @@ stop: $(READY) ## Stop the training on this machine
 once: $(READY) ## A TPU slice for one run, surely deleted: make once SLICE='-e accelerator_type=v5p-16'
 	@playbooks/train_and_delete.sh
 
-.PHONY: slice
-slice: $(READY) ## Start a fresh simulated slice: make slice WORKERS=4, then -i inventory/simulated
+.PHONY: simulated-slice
+simulated-slice: $(READY) ## Start containers that stand in for TPU VMs: make simulated-slice WORKERS=4
 	ansible-playbook -i inventory/simulated molecule/shared/create.yml -e simulated_workers=$(WORKERS)
 
-.PHONY: slice-down
-slice-down: $(READY) ## End the simulated slice
+.PHONY: simulated-slice-down
+simulated-slice-down: $(READY) ## End the simulated slice
 	ansible-playbook -i inventory/simulated molecule/shared/destroy.yml
+
+.PHONY: slice slice-down
+slice slice-down:
+	@echo 'make $@ is called make simulated-$@: it makes containers on this machine, which cost nothing.' \
+	  'A slice of TPUs, which costs money, is what slice.yml makes.' >&2; exit 2
 
 .PHONY: setup
 setup: $(READY) ## Make .venv, the controller's environment
@@ -113,7 +118,7 @@ clean: ## Remove what set-up and tests have left; the trainer image and runs/ st
 help:
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	  /^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
 # Made without pip, because Debian's Python has none to give unless python3-venv is installed; the lock
 # file brings it. The dots say that it moves, one for each package.

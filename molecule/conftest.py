@@ -1,4 +1,6 @@
-"""What the tests of all scenarios start from. By hand, with a slice that is up (make slice):
+"""What the tests of all scenarios start from.
+
+By hand, with a slice that is up (make simulated-slice) and provisioned (site.yml):
 
 pytest --capture=no molecule/faults -k sigkill
 """
