@@ -79,7 +79,8 @@ test-stack: $(READY) ## The trainer's own tests, inside its image, on this tree
 	$(call in_image,8) tests/trainer/stack/test_model.py
 	$(call in_image,1) tests/trainer/stack/test_model.py tests/trainer/stack/test_optimizer.py
 
-in_image = docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
+# Beside the scenarios, of which some are timed, it gets what they leave of the processors.
+in_image = docker run --rm --cpu-shares 64 --volume "$(CURDIR):/src:ro" --workdir /src \
   --env CPU_NUM_DEVICES=$1 --env PYTHONDONTWRITEBYTECODE=1 \
   --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider --durations=10
 
@@ -87,8 +88,14 @@ in_image = docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
 molecule: $(READY) ## The playbooks against a simulated slice
 	molecule destroy
 	molecule test --scenario-name default --destroy never --no-command-borders
-	pytest --capture=no molecule
+	$(SECOND) molecule/shared/create.yml molecule/shared/layers.yml site.yml
+	pytest --numprocesses=2 --dist=loadgroup --verbose --durations=20 molecule
+	$(SECOND) molecule/shared/destroy.yml
 	molecule destroy
+
+# Most of a scenario is waiting, so two go side by side. A slice for each: the second one's workers are fresh
+# containers that share the first one's layers.
+SECOND := SIMULATED_NAME=sim2 ansible-playbook -i inventory/simulated
 
 .PHONY: e2e
 e2e: $(READY) $(BROWSER) ## A short training run from end to end, looked at in a browser
@@ -111,7 +118,8 @@ COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --n
 .PHONY: clean
 clean: ## Remove what set-up and tests have left; the trainer image and runs/ stay
 	if [ -e $(READY) ]; then \
-	  ansible-playbook -i inventory/simulated molecule/shared/destroy.yml -e simulated_keep_images=false; \
+	  for name in sim sim2; do SIMULATED_NAME=$$name \
+	    ansible-playbook -i inventory/simulated molecule/shared/destroy.yml -e simulated_keep_images=false; done; \
 	fi
 	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache
 

@@ -17,12 +17,29 @@ from tests.servers.hub import Hub
 from tests.servers.hub_content import tokenizer, wikitext
 from tests.slices.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Worker, forwarded
 
+# Those that bring a small image, and the one that shows that no image came: all have this machine's
+# engine in common.
+ONE_AFTER_THE_OTHER = {
+    "test_images.py",
+    "test_reset.py",
+    "test_before_the_start.py",
+    "test_secrets.py",
+}
+
 # Read by the trainer's image, which has what parquet needs.
 PARQUET = """
 import json, pyarrow, pyarrow.parquet, sys
 table = pyarrow.table({"text": json.load(sys.stdin)})
 pyarrow.parquet.write_table(table, sys.stdout.buffer, compression="none")
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist=loadgroup the tests of a file have one slice, and one file follows the other."""
+    for item in items:
+        file = item.path.name
+        group = "small image" if file in ONE_AFTER_THE_OTHER else file
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

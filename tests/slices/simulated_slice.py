@@ -14,9 +14,14 @@ from pathlib import Path
 import docker
 
 ROOT = Path(__file__).resolve().parents[2]
+# Scenarios run side by side, on two slices whose workers have the same names in the inventory.
+SLICE = {"gw1": "sim2"}.get(os.environ.get("PYTEST_XDIST_WORKER", ""), "sim")
+os.environ["SIMULATED_NAME"] = SLICE
+KEY = ROOT / f".cache/simulated-slice/{SLICE}/id_ed25519"
+REGISTRY = f"{SLICE}-registry"
 WORKERS = ["sim-w0", "sim-w1"]
 # The trainer's first step is there within this, on two cores that it shares with everybody.
-START_SECONDS = 180
+START_SECONDS = 600
 # An image that takes seconds: it validates, but cannot train. Its name is its own, so that the
 # trainer's layers stay on the workers.
 SMALL_IMAGE = {
@@ -72,7 +77,7 @@ class Playbook:
             assert time.monotonic() < end, f"{text!r} did not come within {seconds} s"
             time.sleep(0.2)
 
-    def end(self, seconds: float = 240) -> int:
+    def end(self, seconds: float = 600) -> int:
         """Return the exit code."""
         code = self.process.wait(seconds)
         self._reader.join()
@@ -109,7 +114,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.machine = docker.from_env().containers.get(name)
+        self.machine = docker.from_env().containers.get(name.replace("sim", SLICE))
 
     def run(self, command: str, **options: object) -> str:
         """Run a shell command as root; it must succeed."""
@@ -174,7 +179,7 @@ def forwarded(*ports: int) -> Iterator[None]:
     with ExitStack() as tunnels:
         for worker in map(Worker, WORKERS):
             tunnel = subprocess.Popen(
-                ["ssh", "-N", "-i", ROOT / ".cache/simulated-slice/id_ed25519"]
+                ["ssh", "-N", "-i", KEY]
                 + ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
                 + ["-o", "LogLevel=ERROR", "-o", "ExitOnForwardFailure=yes"]
                 + [f"-R127.0.0.1:{port}:127.0.0.1:{port}" for port in ports]
@@ -188,7 +193,7 @@ def forwarded(*ports: int) -> Iterator[None]:
         yield
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
     """Return when ``condition`` holds."""
     end = time.monotonic() + seconds
     while not condition():
