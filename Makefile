@@ -89,7 +89,7 @@ molecule: $(READY) ## The playbooks against a simulated slice
 	molecule destroy
 	molecule test --scenario-name default --destroy never --no-command-borders
 	$(SECOND) molecule/shared/create.yml molecule/shared/layers.yml site.yml
-	pytest --numprocesses=2 --dist=loadgroup --verbose --durations=20 molecule
+	pytest --numprocesses=2 --verbose --durations=20 molecule
 	$(SECOND) molecule/shared/destroy.yml
 	molecule destroy
 

@@ -9,8 +9,10 @@ import json
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.servers.authority import certify
 from tests.servers.hub import Hub
@@ -34,12 +36,16 @@ pyarrow.parquet.write_table(table, sys.stdout.buffer, compression="none")
 """
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist=loadgroup the tests of a file have one slice, and one file follows the other."""
-    for item in items:
-        file = item.path.name
-        group = "small image" if file in ONE_AFTER_THE_OTHER else file
-        item.add_marker(pytest.mark.xdist_group(group))
+class OneSliceForEach(LoadScopeScheduling):
+    """All tests of a file are run on one slice, and never beside those that they disturb."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).name
+        return "small image" if file in ONE_AFTER_THE_OTHER else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return OneSliceForEach(config, log)
 
 
 @pytest.fixture
