@@ -33,20 +33,26 @@ stop: $(READY) ## Stop the training on this machine
 once: $(READY) ## A TPU slice for one run, surely deleted: make once SLICE='-e accelerator_type=v5p-16'
 	@playbooks/train_and_delete.sh
 
-.PHONY: slice
-slice: $(READY) ## Start a fresh simulated slice: make slice WORKERS=4, then -i inventory/simulated
+.PHONY: simulated-slice
+simulated-slice: $(READY) ## Start containers that stand in for TPU VMs: make simulated-slice WORKERS=4
 	ansible-playbook -i inventory/simulated molecule/shared/create.yml -e simulated_workers=$(WORKERS)
 
-.PHONY: slice-down
-slice-down: $(READY) ## End the simulated slice
+.PHONY: simulated-slice-down
+simulated-slice-down: $(READY) ## End the simulated slice
 	ansible-playbook -i inventory/simulated molecule/shared/destroy.yml
+
+.PHONY: slice slice-down
+slice slice-down:
+	@echo 'make $@ is called make simulated-$@: it makes containers on this machine, which cost nothing.' \
+	  'A slice of TPUs, which costs money, is what slice.yml makes.' >&2; exit 2
 
 .PHONY: setup
 setup: $(READY) ## Make .venv, the controller's environment
 
 ##@ Check it
 .PHONY: test
-test: quick site test-stack molecule e2e ## Set everything up, then run every check
+test: ## Set everything up, then run every check; the last lines say what took how long
+	@$(PYTHON) tests/gate.py
 
 .PHONY: quick
 quick: lint unit ## Lint and unit tests: what needs no engine and no image
@@ -73,7 +79,8 @@ test-stack: $(READY) ## The trainer's own tests, inside its image, on this tree
 	$(call in_image,8) tests/trainer/stack/test_model.py
 	$(call in_image,1) tests/trainer/stack/test_model.py tests/trainer/stack/test_optimizer.py
 
-in_image = docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
+# Beside the scenarios, of which some are timed, it gets what they leave of the processors.
+in_image = docker run --rm --cpu-shares 64 --volume "$(CURDIR):/src:ro" --workdir /src \
   --env CPU_NUM_DEVICES=$1 --env PYTHONDONTWRITEBYTECODE=1 \
   --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider --durations=10
 
@@ -81,8 +88,14 @@ in_image = docker run --rm --volume "$(CURDIR):/src:ro" --workdir /src \
 molecule: $(READY) ## The playbooks against a simulated slice
 	molecule destroy
 	molecule test --scenario-name default --destroy never --no-command-borders
-	pytest --capture=no molecule
+	$(SECOND) molecule/shared/create.yml molecule/shared/layers.yml site.yml
+	pytest --numprocesses=2 --verbose --durations=20 molecule
+	$(SECOND) molecule/shared/destroy.yml
 	molecule destroy
+
+# Most of a scenario is waiting, so two go side by side. A slice for each: the second one's workers are fresh
+# containers that share the first one's layers.
+SECOND := SIMULATED_NAME=sim2 ansible-playbook -i inventory/simulated
 
 .PHONY: e2e
 e2e: $(READY) $(BROWSER) ## A short training run from end to end, looked at in a browser
@@ -105,7 +118,8 @@ COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --n
 .PHONY: clean
 clean: ## Remove what set-up and tests have left; the trainer image and runs/ stay
 	if [ -e $(READY) ]; then \
-	  ansible-playbook -i inventory/simulated molecule/shared/destroy.yml -e simulated_keep_images=false; \
+	  for name in sim sim2; do SIMULATED_NAME=$$name \
+	    ansible-playbook -i inventory/simulated molecule/shared/destroy.yml -e simulated_keep_images=false; done; \
 	fi
 	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache
 
@@ -113,7 +127,7 @@ clean: ## Remove what set-up and tests have left; the trainer image and runs/ st
 help:
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	  /^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
 
 # Made without pip, because Debian's Python has none to give unless python3-venv is installed; the lock
 # file brings it. The dots say that it moves, one for each package.

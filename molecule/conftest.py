@@ -1,4 +1,6 @@
-"""What the tests of all scenarios start from. By hand, with a slice that is up (make slice):
+"""What the tests of all scenarios start from.
+
+By hand, with a slice that is up (make simulated-slice) and provisioned (site.yml):
 
 pytest --capture=no molecule/faults -k sigkill
 """
@@ -7,13 +9,24 @@ import json
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.servers.authority import certify
 from tests.servers.hub import Hub
 from tests.servers.hub_content import tokenizer, wikitext
 from tests.slices.simulated_slice import SMALL_MODEL, WORKERS, Playbook, Worker, forwarded
+
+# Those that bring a small image, and the one that shows that no image came: all have this machine's
+# engine in common.
+ONE_AFTER_THE_OTHER = {
+    "test_images.py",
+    "test_reset.py",
+    "test_before_the_start.py",
+    "test_secrets.py",
+}
 
 # Read by the trainer's image, which has what parquet needs.
 PARQUET = """
@@ -21,6 +34,18 @@ import json, pyarrow, pyarrow.parquet, sys
 table = pyarrow.table({"text": json.load(sys.stdin)})
 pyarrow.parquet.write_table(table, sys.stdout.buffer, compression="none")
 """
+
+
+class OneSliceForEach(LoadScopeScheduling):
+    """All tests of a file are run on one slice, and never beside those that they disturb."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0]).name
+        return "small image" if file in ONE_AFTER_THE_OTHER else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return OneSliceForEach(config, log)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # The trainer's first step is there within this, on two cores that it shares with everybody.
-START_SECONDS = 180
+START_SECONDS = 600
 # This machine as a worker that is reached without SSH
 HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
 
@@ -59,7 +59,7 @@ class Playbook:
             assert time.monotonic() < end, f"{text!r} did not come within {seconds} s"
             time.sleep(0.2)
 
-    def end(self, seconds: float = 240) -> int:
+    def end(self, seconds: float = 600) -> int:
         """Return the exit code."""
         code = self.process.wait(seconds)
         self._reader.join()

@@ -1,6 +1,7 @@
 """A simulated slice to break, the playbooks that have to notice, and what they leave behind."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,11 @@ import docker
 from tests import playbook
 from tests.playbook import ROOT
 
+# Scenarios run side by side, on two slices whose workers have the same names in the inventory.
+SLICE = {"gw1": "sim2"}.get(os.environ.get("PYTEST_XDIST_WORKER", ""), "sim")
+os.environ["SIMULATED_NAME"] = SLICE
+KEY = ROOT / f".cache/simulated-slice/{SLICE}/id_ed25519"
+REGISTRY = f"{SLICE}-registry"
 WORKERS = ["sim-w0", "sim-w1"]
 # An image that takes seconds: it validates, but cannot train. Its name is its own, so that the
 # trainer's layers stay on the workers.
@@ -46,7 +52,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.machine = docker.from_env().containers.get(name)
+        self.machine = docker.from_env().containers.get(name.replace("sim", SLICE))
 
     def run(self, command: str, **options: object) -> str:
         """Run a shell command as root; it must succeed."""
@@ -111,7 +117,7 @@ def forwarded(*ports: int) -> Iterator[None]:
     with ExitStack() as tunnels:
         for worker in map(Worker, WORKERS):
             tunnel = subprocess.Popen(
-                ["ssh", "-N", "-i", ROOT / ".cache/simulated-slice/id_ed25519"]
+                ["ssh", "-N", "-i", KEY]
                 + ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
                 + ["-o", "LogLevel=ERROR", "-o", "ExitOnForwardFailure=yes"]
                 + [f"-R127.0.0.1:{port}:127.0.0.1:{port}" for port in ports]
@@ -125,7 +131,7 @@ def forwarded(*ports: int) -> Iterator[None]:
         yield
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 180) -> None:
     """Return when ``condition`` holds."""
     end = time.monotonic() + seconds
     while not condition():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import docker
 import pytest
 
-from tests.slices.simulated_slice import SMALL_IMAGE, Playbook, Runs, Worker
+from tests.slices.simulated_slice import REGISTRY, SMALL_IMAGE, Playbook, Runs, Worker
 
 # An Ansible that cannot connect tries three times, for ten seconds each.
 SSH_SECONDS = 45
@@ -110,7 +110,7 @@ def test_half_a_run(train: Start, playbook: Start, w1: Worker) -> None:
 def test_a_registry_that_is_down(playbook: Start, w1: Worker) -> None:
     # Layers outlive a slice, and whoever has the image needs no registry.
     w1.run("docker rmi --force mixtral-trainer-small:release 2> /dev/null || true")
-    registry = docker.from_env().containers.get("sim-registry")
+    registry = docker.from_env().containers.get(REGISTRY)
     registry.stop()
     before = w1.run("docker images --quiet --all")
     try:
@@ -118,5 +118,6 @@ def test_a_registry_that_is_down(playbook: Start, w1: Worker) -> None:
         assert run.end() != 0
     finally:
         registry.start()
-    assert "172.31.87.5:5000" in run.table
+    (network,) = registry.attrs["NetworkSettings"]["Networks"].values()
+    assert f"{network['IPAddress']}:5000" in run.table
     assert w1.run("docker images --quiet --all") == before

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tests.slices.simulated_slice import Playbook, Runs, Worker
 
 Start = Callable[..., Playbook]
-LEASE_SECONDS = 15
+LEASE_SECONDS = 30
 
 
 def assert_blames_w1(run: Playbook, runs: Runs, *words: str) -> None:

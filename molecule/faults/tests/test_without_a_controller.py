@@ -7,9 +7,9 @@ from collections.abc import Callable
 from tests.slices.simulated_slice import WORKERS, Playbook, Runs, Worker, wait_until
 
 Start = Callable[..., Playbook]
-LEASE_SECONDS = 15
+LEASE_SECONDS = 30
 # From the end of a lease to that of its trainer, which is asked first
-GRACE_SECONDS = 40
+GRACE_SECONDS = 90
 # What the small model takes about a minute for
 MANY_STEPS = 500
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
-from tests.slices.simulated_slice import ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
+from tests.slices.simulated_slice import KEY, ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
 
 STEPS = 3
 KNOWN_HOSTS = ROOT / ".cache/gcp/known_hosts"
@@ -48,7 +48,7 @@ def environment(api: TpuApi) -> dict[str, str]:
         "TPU_API_ENDPOINT": api.endpoint,
         "GCP_AUTH_KIND": "anonymous",
         "TPU_USER": "tpu",
-        "TPU_SSH_KEY": str(ROOT / ".cache/simulated-slice/id_ed25519"),
+        "TPU_SSH_KEY": str(KEY),
         "NO_PROXY": "127.0.0.1",
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.slices.simulated_slice import SMALL_IMAGE, WORKERS, Playbook, Worker
+from tests.slices.simulated_slice import REGISTRY, SMALL_IMAGE, WORKERS, Playbook, Worker
 
 IMAGE = "mixtral-trainer-small:release"
 LABEL = "mixtral-trainer.inputs"
@@ -66,7 +66,7 @@ def registry() -> Callable[[str], list[str]]:
 
     def requests(beginning: str) -> list[str]:
         log = subprocess.run(
-            ["docker", "logs", "--since", began.strip(), "sim-registry"],
+            ["docker", "logs", "--since", began.strip(), REGISTRY],
             capture_output=True,
             text=True,
             check=True,

@@ -29,7 +29,7 @@ IMAGE = "/opt/image"
 PACKAGES = f"{IMAGE}/opt/venv/lib/python3.11/site-packages"
 HOME = "/home/tpu/mixtral-trainer"
 STEPS = 5
-LEASE_SECONDS = 15
+LEASE_SECONDS = 30
 PASSWORD = secrets.token_hex(8)
 FIRST, SECOND, TORCH_ALONE = "20250929", "20250930", "20251001"
 

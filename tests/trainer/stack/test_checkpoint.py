@@ -50,7 +50,7 @@ def start(directory: Path, *flags: str, devices: int = 2, **changes) -> subproce
 
 
 def finish(run: subprocess.Popen) -> tuple[int, str, str]:
-    stdout, stderr = run.communicate(timeout=120)
+    stdout, stderr = run.communicate(timeout=900)
     return run.returncode, stdout, stderr
 
 
@@ -189,7 +189,7 @@ def test_a_run_killed_while_it_uploads_is_resumed_from_what_is_complete(
     cloud.faults.append(Fault("POST .*/checkpoint-12/", status=None))
     cloud.stuck.clear()
     run = start(tmp_path, *IN_BUCKET)
-    assert cloud.stuck.wait(120)
+    assert cloud.stuck.wait(900)
     run.kill()
     finish(run)
     assert steps_in(bucket) == {"checkpoint-4", "checkpoint-8"}
@@ -296,7 +296,7 @@ def test_every_part_is_written_once(written, cloud, devices):
 def test_it_is_visible_when_complete_and_holds_the_state_it_was_asked_for(tmp_path, monkeypatch):
     go_on = threading.Event()
     flush = storage._flush
-    monkeypatch.setattr(storage, "_flush", lambda path: (go_on.wait(10), flush(path)))
+    monkeypatch.setattr(storage, "_flush", lambda path: (go_on.wait(900), flush(path)))
     place, state = Directory(tmp_path), on_mesh(tensors())
     saver = Saver(place, state, IDENTITY, every=1, keep=1)
     saver.save(7)

@@ -49,7 +49,7 @@ def train(tmp_path: Path, config: Path, *flags: str, **environment: str):
     ]
     environment = os.environ | {"PROFILE_LOGDIR": ""} | environment
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, env=environment, capture_output=True, text=True, timeout=1800, check=False
     )
     return done, out
 

@@ -40,7 +40,7 @@ def planned(
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
         check=False,
     )
     written = tmp_path / "plan.json"
@@ -124,7 +124,7 @@ def test_grouped_products_of_any_size_compile():
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

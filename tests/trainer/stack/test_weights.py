@@ -195,7 +195,7 @@ def test_host_memory_holds_a_few_tensors_not_the_model(tmp_path, devices):
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=True,
     )
     loading, saving = map(float, done.stdout.split())
