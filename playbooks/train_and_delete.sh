@@ -37,8 +37,8 @@ inventory_graph() { ansible-inventory --inventory "$inventory" --graph 2>&1 | tr
 
 # A slice that exists already may be in use, and would be deleted at the end.
 graph=$(inventory_graph || true)
-[[ $graph == *'there is no TPU slice'* ]] || refuse "the slice $TPU_NAME must not exist yet, because it is deleted \
-at the end. Choose another TPU_NAME, or delete the slice first. The inventory says: $graph"
+[[ $graph == *'there is no TPU slice'* ]] || refuse "the slice $TPU_NAME is deleted in the end, so it must not \
+be there in the beginning. The inventory says: ${graph% }. Choose another TPU_NAME, or delete the slice first"
 
 playbook=
 play() {
@@ -77,7 +77,7 @@ require_lasting_worker_dir() {
   ((restarts == 0)) || [[ $bucket ]] && return
   ansible --inventory "$inventory" tpu_workers --module-name ansible.builtin.shell \
     --args "test \"\$(df --output=target '$WORKER_DIR' | tail -n 1)\" != /" \
-    || refuse "WORKER_DIR is $WORKER_DIR, which is on the worker's own disk or does not exist, and must be on a \
+    || refuse "WORKER_DIR=$WORKER_DIR is on the worker's own disk or does not exist, and must be on a \
 disk that outlives the slice: mount one there, or save to a bucket with -e checkpoint_bucket=gs://… in TRAIN"
 }
 

@@ -1,8 +1,9 @@
-"""Copy an image's archive from ``docker save``, gzipped, less the layers that are named.
+"""Copy an image's archive from ``docker save`` to stdout, gzipped and without some of its layers.
 
-An engine looks for a layer among its own before it opens the archive's, so what all receivers have
-may be missing there. Engines before 25 name a layer's file by something else than its digest: such
-a layer waits in a temporary file until its digest is known.
+The arguments are the SHA-256 digests of the layers to leave out. An engine opens a layer in the
+archive only if it does not have that layer, so those that all receivers have may be missing.
+Engines before version 25 do not name a layer's file by its digest; such a layer is copied to a
+temporary file to compute the digest.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLOBS = "blobs/sha256/"
 
 
 class Meter:
-    """A file that is read and that says on stderr how far."""
+    """A file that reports on stderr how much of it was read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -39,7 +40,7 @@ class Meter:
 
 
 class Gzip:
-    """A file that gzips what is written, into another one and on all processors."""
+    """A file that gzips what is written to it into another file, on all processors."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -48,12 +49,12 @@ class Gzip:
         self.blocks = deque()
 
     def write(self, data: bytes) -> None:
-        """Write a block. Each is gzipped by itself: a series of these is valid, too."""
+        """Write a block as a gzip member of its own; a sequence of members is a valid gzip file."""
         self.blocks.append(self.pool.submit(zlib.compress, data, level=1, wbits=31))
         self.drain(2 * self.processors)
 
     def drain(self, left: int = 0) -> None:
-        """Pass on what is ready; wait where more than ``left`` blocks are not."""
+        """Write finished blocks to the file, and wait until at most ``left`` are unfinished."""
         while len(self.blocks) > left:
             self.file.write(self.blocks.popleft().result())
 
@@ -68,8 +69,8 @@ def spool(content: BinaryIO) -> tuple[BinaryIO, str]:
     return file, digest.hexdigest()
 
 
-def thin(source: Meter, target: Gzip, held: Set[str]) -> None:
-    """Copy the archive ``source`` to ``target`` without the layers ``held``, by SHA-256."""
+def strip_layers(source: Meter, target: Gzip, held: Set[str]) -> None:
+    """Copy the archive ``source`` to ``target`` without the layers of the digests ``held``."""
     with (
         tarfile.open(fileobj=source, mode="r|", bufsize=MIB) as old,
         tarfile.open(fileobj=target, mode="w|", bufsize=MIB, copybufsize=MIB) as new,
@@ -87,8 +88,8 @@ def thin(source: Meter, target: Gzip, held: Set[str]) -> None:
 
 
 if __name__ == "__main__":
-    print("the engine writes the image out", file=sys.stderr, flush=True)
+    print("the engine exports the image", file=sys.stderr, flush=True)
     digests = {digest.removeprefix("sha256:") for digest in sys.argv[1:]}
     archive = Gzip(sys.stdout.buffer)
-    thin(Meter(sys.stdin.buffer), archive, digests)
+    strip_layers(Meter(sys.stdin.buffer), archive, digests)
     archive.drain()
