@@ -14,7 +14,7 @@ DOCUMENTATION = {"DOCUMENTATION", "EXAMPLES", "RETURN"}
 def default_worker_dir() -> str:
     """The default of worker_dir, as every role has it that writes below it."""
     defaults = [
-        yaml.safe_load(path.read_text(encoding="utf-8")) for path in ROOT.glob("roles/*/defaults/*")
+        yaml.safe_load(path.read_text(encoding="utf-8")) for path in ROOT.glob("roles/*/defaults/**/*.yml")
     ]
     (found,) = {
         value
@@ -46,7 +46,7 @@ def displayed() -> Iterator[tuple[str, str]]:
             yield f"{path.relative_to(ROOT)}:{node.lineno}", node.value
     for room in ("roles", "playbooks"):
         for path in sorted((ROOT / room).rglob("*")):
-            if path.is_dir() or path.parent.name in ("defaults", "meta") or path.suffix == ".md":
+            if path.is_dir() or {"defaults", "meta"} & set(path.parts) or path.suffix == ".md":
                 continue
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
                 if "default(" not in line and not line.lstrip().startswith("#"):
