@@ -214,7 +214,7 @@ def test_a_token_on_the_command_line_is_refused(play, hub, good, stored):
         run = play(*IN, "-e", f"hf_token={good}")
     assert seen == {"cmdline"}
     assert run.code == 2
-    assert "stands on the command line, where every user of this machine can read it" in run.text
+    assert "is on the command line, where every user of this machine can read it" in run.text
     assert good not in run.screen
     assert not hub.requests
     assert not stored.exists()

@@ -44,9 +44,7 @@ def test_memory_that_runs_out(training: Start, runs: Runs, w1: Worker) -> None:
 def test_an_engine_that_is_restarted(training: Start, runs: Runs, w1: Worker) -> None:
     run = training()
     w1.run("systemctl restart docker")
-    assert_blames_w1(
-        run, runs, "the worker, or its Docker engine, was restarted", "journalctl"
-    )
+    assert_blames_w1(run, runs, "the worker, or its Docker engine, was restarted", "journalctl")
 
 
 def test_a_disk_that_gets_full(training: Start, runs: Runs, w1: Worker) -> None:
