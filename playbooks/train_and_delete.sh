@@ -38,11 +38,7 @@ inventory_graph() { ansible-inventory --inventory "$inventory" --graph 2>&1 | tr
 # A slice that exists already may be in use, and would be deleted at the end.
 graph=$(inventory_graph || true)
 [[ $graph == *'there is no TPU slice'* ]] || refuse "the slice $TPU_NAME is deleted in the end, so it must not \
-<<<<<<< HEAD
-be there in the beginning. The inventory says: $graph. Choose another TPU_NAME, or delete the slice first"
-=======
 be there in the beginning. The inventory says: ${graph% }. Choose another TPU_NAME, or delete the slice first"
->>>>>>> roles
 
 playbook=
 play() {

@@ -13,9 +13,8 @@ DOCUMENTATION = {"DOCUMENTATION", "EXAMPLES", "RETURN"}
 
 def default_worker_dir() -> str:
     """The default of worker_dir, as every role has it that writes below it."""
-    defaults = [
-        yaml.safe_load(path.read_text(encoding="utf-8")) for path in ROOT.glob("roles/*/defaults/**/*.yml")
-    ]
+    paths = ROOT.glob("roles/*/defaults/**/*.yml")
+    defaults = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths]
     (found,) = {
         value
         for variables in defaults

@@ -173,19 +173,11 @@ def test_a_slice_that_exists_already_is_left_alone(start: Start, tmp_path: Path)
     once = start()
     assert once.wait(20) == 2
     assert "must not be there in the beginning. The inventory says: @all" in once.stdout.read()
-<<<<<<< HEAD
     assert not commands(tmp_path)
-=======
-    assert not said(tmp_path)
->>>>>>> roles
 
 
 def test_a_disk_that_dies_with_the_slice_is_refused(start: Start, tmp_path: Path) -> None:
     once = start(RESTARTS="1", WORKER_DIR="/home/me")
     assert once.wait(20) == 2
     assert "/home/me is on the worker's own disk" in once.stdout.read()
-<<<<<<< HEAD
     assert playbooks(tmp_path) == ["slice.yml", "slice.yml"]
-=======
-    assert calls(tmp_path) == ["slice.yml", "slice.yml"]
->>>>>>> roles
