@@ -129,7 +129,7 @@ def causal_lm_loss(
     segments_BT: torch.Tensor | None = None,
     counted_B1: torch.Tensor | None = None,
     *,
-    recompute: bool = True,
+    recompute: bool,
 ) -> tuple[torch.Tensor, experts.Routing]:
     """Return the mean cross-entropy, in nats per predicted token, an fp32 scalar, and the routing.
 
