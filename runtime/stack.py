@@ -134,8 +134,8 @@ def install(what: str, source: str, *arguments: str, **variables: str) -> None:
 def explain(words: str, what: str, source: str) -> str:
     """Return what pip's output means and what to do, after installing ``what`` failed."""
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    if source == PIPS_INDEX and (asked := re.search(r"^Looking in indexes: (.+)$", words, re.M)):
-        source = f"{source}, {asked[1]},"
+    if source == PIPS_INDEX and (indexes := re.search(r"^Looking in indexes: (.+)$", words, re.M)):
+        source = f"{source}, {indexes[1]},"
     if "No space left on device" in words:
         places = (sys.prefix, tempfile.gettempdir())
         free = (f"{shutil.disk_usage(place).free >> 20} MiB free in {place}" for place in places)

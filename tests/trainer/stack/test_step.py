@@ -20,7 +20,7 @@ from trainer.validation import parse
 ROOT = Path(__file__).parents[3]
 MODEL = {
     "model_type": "mixtral",
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "hidden_size": 256,
     "intermediate_size": 128,
     "num_local_experts": 4,
