@@ -1,12 +1,13 @@
-"""How fast the expert modes are, beside transformers' own: inside the trainer's image, on a CPU.
+"""Compare the speed of the expert modes with transformers' own functions, on CPU.
 
     docker run --rm --volume "$PWD:/src:ro" --workdir /src --entrypoint python \\
         mixtral-trainer:release benchmarks/experts.py [--repeats 5]
 
-Forward and backward of one layer's experts in fp32, eight of them, two for each token, routed anew
-every time, as in training: what compiles for a routing compiles every time. The three modes run
-through XLA on one device, transformers' own functions there and in plain torch where they run at
-all. All of them take turns; printed are medians, and ratios to ``static``.
+runs inside the trainer's image. Measured are forward and backward of one layer's eight experts in
+fp32, two experts for each token, with a new random routing every time, as in training: a function
+whose program depends on the routing compiles every time. The three modes run through XLA on one
+device, transformers' functions both there and in plain torch, if they run at all. The functions
+take turns. Prints medians, and how many times as fast as ``static`` each one is.
 """
 
 import argparse
@@ -37,11 +38,11 @@ from trainer.sharding import make_mesh
 SIZES = ((256, 512, 2048), (512, 1024, 2048), (1024, 2048, 1024))  # hidden, intermediate, tokens
 EXPERTS, TOP_K = 8, 2
 THEIRS = ("eager", "batched_mm", "grouped_mm")
-LIMIT_GIB = 2.0  # what batched_mm may take for each token's own copy of its experts' weights
+LIMIT_GIB = 2.0  # most memory for batched_mm, which copies its experts' weights for each token
 
 
 def passes(name: str, device: str, size: tuple[int, int, int]) -> Callable[[], None]:
-    """Return what computes forward and backward once, and waits for it."""
+    """Return a function that runs forward and backward once and waits for the result."""
     hidden, intermediate, tokens = size
     config = MixtralConfig(
         hidden_size=hidden,
@@ -74,13 +75,13 @@ def passes(name: str, device: str, size: tuple[int, int, int]) -> Callable[[], N
 
 
 def copies_gib(size: tuple[int, int, int]) -> float:
-    """Return the memory of the weights that batched_mm copies for every token."""
+    """Return the GiB of weights that batched_mm copies for all tokens together."""
     hidden, intermediate, tokens = size
     return tokens * TOP_K * 3 * hidden * intermediate * 4 / 2**30
 
 
 def measure(size: tuple[int, int, int], repeats: int) -> dict[tuple[str, str], float | str]:
-    """Return the median seconds of each function on each device, or why it does not run."""
+    """Return the median seconds of each (function, device), or the reason that it does not run."""
     found: dict[tuple[str, str], float | str] = {}
     runs = {}
     candidates = [(mode, "xla") for mode in experts.MODES]

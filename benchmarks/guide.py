@@ -1,12 +1,19 @@
-"""The step as the guide's branch formulates it, lowered and compiled like ours, to compare with.
+"""Trace and compile the step as the guide's branch of transformers formulates it.
 
     python -m benchmarks.guide RESULT ACCELERATOR_TYPE TOPOLOGY SLICES <the trainer's flags>
 
-What of the branch ``alanwaketan/moe`` decides the program is here in its way: one module a layer,
-not a loop, each recomputed by torch_xla's own checkpoint; weights and activations marked for the
-partitioner, every weight along its largest dimension; manual regions around flash attention, with
-keys and values repeated for each query head, and around the experts, whose gradients are scattered
-over all chips at once. Embedding, norms, loss, clipping and optimizer are the trainer's.
+takes the arguments of ``trainer.plan.compile`` and writes the same measurements. ``benchmarks.plan
+guide`` runs it to compare the guide's step with the trainer's.
+
+Reimplemented here is what decides the program in the branch ``alanwaketan/moe``:
+
+* layers stand one after the other, not in a loop; torch_xla's own checkpoint recomputes each
+* the partitioner places the collectives, from marks on activations and weights, every one of which
+  is split along its largest dimension
+* manual regions surround only flash attention, with keys and values repeated for each query head,
+  and the experts, whose gradients are reduce-scattered over all chips at once
+
+Embedding, norms, loss, clipping and optimizer are the trainer's.
 """
 
 import sys
@@ -22,12 +29,12 @@ from transformers import AttentionInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral import modeling_mixtral
 
-from trainer import attention, experts, loop, sharding
+from trainer import attention, experts, model, sharding
 from trainer.grouped_matmul import TILES
 from trainer.plan import compile as compiling
 from trainer.sharding import FSDP, HIDDEN_SHARDING, enter_manual, leave_manual, shard
 
-# FSDPv2: every parameter along the largest of its dimensions
+# As torch_xla's FSDPv2 splits parameters: along their largest dimension
 PARAMETER_SHARDING = (
     (r"norm\.weight$", (FSDP,)),
     (r"(embed_tokens|lm_head|[qo]_proj)\.weight$", (FSDP, None)),
@@ -40,13 +47,13 @@ HEADS = (FSDP, None, None, None)
 
 
 def split_projections(module) -> None:
-    """Give the experts three weights that tokens are multiplied with from the left."""
+    """Give the experts ``gate_proj``, ``up_proj`` [E, H, I] and ``down_proj`` [E, I, H]."""
     original(module)
     module.down_proj = torch.nn.Parameter(module.down_proj.data.mT.contiguous())
 
 
 def flash(module, query, key, value, attention_mask, *, scaling: float, **kwargs):
-    """torch_xla's flash attention in a manual region of its own."""
+    """Run torch_xla's flash attention in a manual region of its own."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     out = pallas.flash_attention(
@@ -57,7 +64,7 @@ def flash(module, query, key, value, attention_mask, *, scaling: float, **kwargs
 
 
 def gmm(module, hidden, index, weights):
-    """Grouped products in a manual region of their own, weighted outside of it."""
+    """Run the grouped products in a manual region, and apply the routing weights outside of it."""
     projections = module.gate_proj, module.down_proj, module.up_proj
     out = _Experts.apply(hidden, index, *projections)
     return (out * weights.to(out.dtype).unsqueeze(-1)).sum(1)
@@ -125,19 +132,19 @@ class _Experts(torch.autograd.Function):
         return leave_manual(of_hidden, TOKENS, torch.Size((tokens, width))), None, *scattered
 
 
-def causal_lm_loss(model, tokens, segments=None, *, recompute):
-    """Return what trainer.model's function of this name does, but for the routing: zeros."""
-    decoder = model.model
+def causal_lm_loss(mixtral, tokens, segments=None, counted=None, *, recompute):
+    """Return the loss as ``trainer.model.causal_lm_loss`` does, and a routing of zeros."""
+    decoder = mixtral.model
     hidden = shard(F.embedding(tokens, decoder.embed_tokens.weight * 1), HIDDEN_SHARDING)
     positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     embeddings = decoder.rotary_emb(hidden, positions)
     for layer in decoder.layers:
         layer = checkpoint_module(layer) if recompute else layer
         hidden = shard(layer(hidden, position_embeddings=embeddings) * 1, HIDDEN_SHARDING)
-    logits = F.linear(decoder.norm(hidden), model.lm_head.weight * 1)
+    logits = F.linear(decoder.norm(hidden), mixtral.lm_head.weight * 1)
     logits = shard(logits, HIDDEN_SHARDING).float()[:, :-1]
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    count = model.config.num_local_experts
+    count = mixtral.config.num_local_experts
     zero = torch.zeros((), device=tokens.device)
     return loss, experts.Routing(zero.expand(count), zero, zero)
 
@@ -147,7 +154,7 @@ if __name__ == "__main__":
     register_experts, register_attention = experts.register, attention.register
 
     def register() -> None:
-        """Register what is above instead of the trainer's own."""
+        """Register the guide's attention and experts in place of the trainer's."""
         register_experts()
         register_attention()
         modeling_mixtral.rotate_half = attention.llama_rotate_half
@@ -157,5 +164,5 @@ if __name__ == "__main__":
     experts.register = attention.register = register
     sharding.PARAMETER_SHARDING = PARAMETER_SHARDING
     sharding.torus_planes = lambda devices: (1, 1)
-    loop.causal_lm_loss = causal_lm_loss
+    model.causal_lm_loss = causal_lm_loss
     compiling.main(sys.argv[1:])

@@ -1,8 +1,8 @@
-"""How long an inventory of Cloud TPU slices takes: python -m benchmarks.inventory
+"""Measure the inventory plugin of Cloud TPU slices: python -m benchmarks.inventory
 
-A slice of 64 hosts, from an API on this machine that answers after 100 ms, beside an inventory of
-the same hosts in a file. What the file takes is Ansible's own; the rest is the plugin's. Prints the
-seconds of the best of three, and ratios to the file.
+A slice of 64 hosts is listed from a simulated API on this machine that answers after 100 ms, from
+the plugin's cache, and from a file with the same hosts. Listing the file takes Ansible's own time;
+anything beyond is the plugin's. Prints the best of three runs in seconds, and ratios to the file.
 """
 
 import os
@@ -19,7 +19,7 @@ ANSIBLE_INVENTORY = Path(sys.executable).with_name("ansible-inventory")
 
 
 def seconds(inventory: str, environment: dict[str, str]) -> float:
-    """Return how long the list of all hosts takes."""
+    """Return the seconds that listing all hosts takes."""
     began = time.perf_counter()
     subprocess.run(
         [ANSIBLE_INVENTORY, "--inventory", inventory, "--list"],
@@ -62,16 +62,16 @@ def main() -> None:
         }
         seconds(*inventories["cache"])
         api.requests.clear()
-        # In turns, so that whatever else the machine does meets all of them.
+        # In turns, so that other load of the machine affects all three alike.
         times: dict[str, list[float]] = {name: [] for name in inventories}
         for _ in range(3):
             for name, inventory in inventories.items():
                 times[name].append(seconds(*inventory))
-        best = {name: min(it) for name, it in times.items()}
+        best = {name: min(runs) for name, runs in times.items()}
         print("inventory of 64 hosts   seconds   × file   seconds beyond the file")
-        for name, it in best.items():
-            beyond = it - best["file"]
-            print(f"{name:22} {it:8.2f} {it / best['file']:8.2f} {beyond:12.2f}")
+        for name, fastest in best.items():
+            beyond = fastest - best["file"]
+            print(f"{name:22} {fastest:8.2f} {fastest / best['file']:8.2f} {beyond:12.2f}")
         print(f"requests for each reading of the API: {len(api.requests) / 3:g}")
 
 

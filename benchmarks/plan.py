@@ -1,27 +1,32 @@
-"""What the plan says of Mixtral 8x7B on whole slices: inside the trainer's image, without a TPU.
+"""Plan Mixtral 8x7B or 8x22B on many slices and print the tables of docs/plan.md; needs no TPU.
 
     docker run --rm --volume "$PWD:/src:ro" --workdir /src --entrypoint python \\
         mixtral-trainer:release -m benchmarks.plan [slices|smallest|modes|guide] \\
         [--model mixtral-8x22b]
 
-``slices``: a full batch on v5p-256, v6e-256, v5e-256 and v4-128, in sequences of 4096 tokens. The
-rows of the table are memory; the bytes that the layers' collectives move over those that FSDP has
-to (every weight in for forward and for backward, every gradient out once); what share of them are
-all-gathers and reduce-scatters; FLOPs over the model's own, with and without what is recomputed;
-and the modelled step, with Pallas kernels at the chip's peak and at 75 % of it.
+runs inside the trainer's image.
+
+``slices``: a large batch of sequences of 4096 tokens on v5p-256, v6e-256, v5e-256 and v4-128. The
+columns are memory; the bytes moved by the layers' collectives, relative to the minimum of FSDP
+(all-gather every weight for forward and again for backward, reduce-scatter every gradient once);
+the share of all-gathers and reduce-scatters in these bytes; FLOPs relative to the model FLOPs, with
+and without recomputation; and the modelled step, with Pallas kernels at the chip's peak and at 75
+%.
 
 ``smallest``: the guide's own configuration, 32 sequences of 4096 tokens, on the smallest slice of
-each generation that holds it. It begins with one sequence a chip, and halves the chips until they
-do not hold it; where one a chip is too much, two chips share one (``--spmd_2d_sharding 2``).
+each generation that it fits. Starts with one sequence per chip, then halves the number of chips
+until the step does not fit. Where not even one sequence per chip fits, two chips share one sequence
+(``--spmd_2d_sharding 2``).
 
-``modes``: every mode of the experts, with flash attention and without, in both shardings, and on
-two slices: 256 sequences on 128 chips of v5p. FLOPs are those that are not recomputed.
+``modes``: every expert mode, with flash and with dense attention, in both shardings, and on two
+slices: 256 sequences on 128 chips of v5p. FLOPs are without recomputation.
 
-``guide``: the step on v5p-256 beside the guide's formulation of it (benchmarks/guide.py), of which
-each layer is compiled anew: from two and from four layers follow all 32.
+``guide``: the step on v5p-256 beside the guide's formulation of the step (benchmarks/guide.py).
+That formulation has no loop over the layers, so it is compiled with two and with four layers, and
+extrapolated linearly to all of them.
 
-Without a word all four: some minutes for each plan, longest where the compiler tries hard to save
-memory before it gives up.
+Without an argument all four are printed. A plan takes some minutes, the longest ones where the
+compiler tries to save memory before it gives up.
 """
 
 import argparse
@@ -44,19 +49,19 @@ GUIDE_BATCH, MODES_BATCH = 32, 256
 MODES = ("--gmm", "--gmm_stack", "--static")
 FLASH, FSDP, TWO_D = "--flash_attention", ("--fsdp", "full_shard"), ("--spmd_2d_sharding", "2")
 SLICES = {"v5p-256": 1024, "v6e-256": 1024, "v5e-256": 256, "v4-128": 256}
-# Published for this job, measured (docs/plan.md)
+# Measured by others on TPUs, for the same model and batch (docs/plan.md)
 MEASURED = {"v5p-256": "15.2 s, 39 %", "v6e-256": "29.6 %"}
 HEAD = (
     "slice, batch",
-    "HBM",
-    "layers' bytes over FSDP's",
-    "of these gathered or scattered",
-    "activations gathered",
-    "FLOPs over the model's, without what is recomputed",
-    "step, overlapped and not",
+    "HBM per chip",
+    "bytes of the layers' collectives over FSDP's minimum",
+    "of these, all-gather and reduce-scatter",
+    "activations all-gathered",
+    "FLOPs over model FLOPs, all and without recomputation",
+    "step with and without overlap",
     "MFU",
     "MFU, kernels at 75 %",
-    "traced, compiled, on the host",
+    "tracing, compiling, host memory",
     "measured elsewhere",
 )
 
@@ -70,7 +75,10 @@ def planned(
     layers: int = 0,
     guide: bool = False,
 ) -> dict:
-    """Return plan.json of the guide's flags with another batch, with fewer layers where given."""
+    """Return the content of plan.json for the guide's flags with ``batch`` and other changes.
+
+    ``layers``: number of layers, 0 for the model's own; ``guide``: the guide's formulation.
+    """
     with tempfile.TemporaryDirectory() as directory:
         config = json.loads((PRESETS / f"{model}.json").read_text(encoding="utf-8"))
         config["num_hidden_layers"] = layers or config["num_hidden_layers"]
@@ -107,7 +115,7 @@ def layer_parameters(config: dict) -> int:
 
 
 def memory(found: dict) -> str:
-    """Return a cell on HBM."""
+    """Return the table cell with HBM per chip, in bold if the step does not fit."""
     if "hbm_per_chip_gib" not in found:
         return f"does not compile: {found['error'].splitlines()[0]}"
     sizes = found["hbm_per_chip_gib"]
@@ -116,21 +124,23 @@ def memory(found: dict) -> str:
 
 
 def row(found: dict, config: dict) -> list[str]:
-    """Return the cells of one plan."""
+    """Return the table row of one plan."""
     name = f"{found['accelerator_type']}, {found['global_batch']}"
     if not found["fits"]:
         return [name, memory(found), *[""] * (len(HEAD) - 2)]
     each_way = 2 * layer_parameters(config) * config["num_hidden_layers"]
     least = 3 * each_way * (1 - 1 / found["chips"])
-    inside = [one for one in found["collectives"] if one["in_layers"]]
-    moved = sum(one["bytes_per_chip"] for one in inside)
+    inside = [total for total in found["collectives"] if total["in_layers"]]
+    moved = sum(total["bytes_per_chip"] for total in inside)
     plain = sum(
-        one["bytes_per_chip"] for one in inside if one["kind"] in ("all-gather", "reduce-scatter")
+        total["bytes_per_chip"]
+        for total in inside
+        if total["kind"] in ("all-gather", "reduce-scatter")
     )
     gathered = sum(
-        one["bytes_per_chip"]
-        for one in found["collectives"]
-        if (one["kind"], one["moves"]) == ("all-gather", "activations")
+        total["bytes_per_chip"]
+        for total in found["collectives"]
+        if (total["kind"], total["moves"]) == ("all-gather", "activations")
     )
     times = found["modelled"]
     flops, again = found["flops_per_chip"], found["recomputed_flops_per_chip"]
@@ -157,7 +167,7 @@ def print_row(cells: list[str]) -> None:
 
 
 def print_slices(model: str, config: dict) -> None:
-    """Print a full batch on large slices."""
+    """Large batches on large slices"""
     print_row(list(HEAD))
     print_row(["---"] * len(HEAD))
     for name, batch in SLICES.items():
@@ -165,7 +175,7 @@ def print_slices(model: str, config: dict) -> None:
 
 
 def print_smallest(model: str, config: dict) -> None:
-    """Print the guide's configuration on ever smaller slices of each chip."""
+    """The guide's configuration on ever smaller slices of each chip"""
     head = ("slice, chips", "sharding", "HBM per chip", "step", "tokens/s per chip", "MFU")
     print_row(list(head))
     print_row(["---"] * len(head))
@@ -192,8 +202,8 @@ def print_smallest(model: str, config: dict) -> None:
 
 
 def print_modes(model: str, config: dict) -> None:
-    """Print every mode and sharding of all the layers, and two slices."""
-    head = ("flags", "HBM", "FLOPs", "step", "MFU", "compiled, on the host")
+    """Every expert mode, attention and sharding on one slice, and two slices"""
+    head = ("flags", "HBM", "FLOPs", "step", "MFU", "compiling, host memory")
     print_row(list(head))
     print_row(["---"] * len(head))
     one, two = parse_slice("v5p-256"), parse_slice("v5p-128", slices=2)
@@ -219,11 +229,17 @@ def print_modes(model: str, config: dict) -> None:
 
 
 def print_guide(model: str, config: dict) -> None:
-    """Print the step beside the guide's formulation of it, on v5p-256."""
+    """The trainer's step beside the guide's formulation of the step, on v5p-256"""
     slice_, batch, layers = parse_slice("v5p-256"), 1024, config["num_hidden_layers"]
     two, four = (planned(slice_, batch, model, layers=n, guide=True)["modelled"] for n in (2, 4))
     ours = planned(slice_, batch, model)["modelled"]
-    head = ("modelled, in seconds", "computing", "collectives", "step, overlapped", "step, not")
+    head = (
+        "modelled, in seconds",
+        "computing",
+        "collectives",
+        "step with overlap",
+        "step without overlap",
+    )
     names = ("computing_s", "collectives_s", "step_time_overlapped_s", "step_time_s")
     print_row(list(head))
     print_row(["---"] * len(head))

@@ -1,13 +1,14 @@
-"""What a checkpoint costs, and what a kill costs: inside the trainer's image, on CPU devices.
+"""Measure what checkpoints cost, and how many steps a killed run loses, on CPU devices.
 
     docker run --rm --volume "$PWD:/src:ro" --workdir /src --entrypoint python \\
         mixtral-trainer:release benchmarks/resume.py [--kills 20] [--save_steps 5]
 
-Three runs of the same flags: one that saves nothing, one that saves, and one that is killed with
-SIGKILL again and again, each time at a random moment after it has made a step, and resumed. Printed
-are the time of a step at which a checkpoint is begun and of the steps while it is written, as
-ratios to a step of the run that saves nothing; how many steps a kill cost; and the largest
-difference between the losses of the last run and of the first.
+runs inside the trainer's image. There are three runs with the same flags: one without checkpoints;
+one with checkpoints; and one with checkpoints that is repeatedly killed with SIGKILL, each time at
+a random moment after its first step, and resumed. Prints two step times, each relative to a step of
+the run without checkpoints: of the steps during which the state is copied to the host, and of all
+others, during which a checkpoint may be written. Prints also the number of steps that kills cost,
+and the largest difference between the losses of the killed run and the run without checkpoints.
 """
 
 import argparse
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def start(output_dir: Path, steps: int, *flags: str) -> subprocess.Popen[bytes]:
-    """Start a run on two devices."""
+    """Start a run on two CPU devices."""
     config = json.loads((ROOT / "trainer/presets/mixtral-tiny.json").read_text())
     config |= {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 256}
     config_file = output_dir.with_name("config.json")
@@ -42,14 +43,14 @@ def start(output_dir: Path, steps: int, *flags: str) -> subprocess.Popen[bytes]:
 
 
 def lines(output_dir: Path) -> list[dict]:
-    """Return the metrics, without a line that is being written."""
+    """Return the lines of metrics.jsonl, without an incomplete last line."""
     path = output_dir / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def finish(run: subprocess.Popen[bytes], output_dir: Path) -> list[dict]:
-    """Wait for a run and return its metrics, which must have every step once."""
+    """Wait for a run; return its metrics after checking that every step is there once."""
     if run.wait():
         raise SystemExit(f"a run ended with exit code {run.returncode}")
     metrics = lines(output_dir)
@@ -59,9 +60,9 @@ def finish(run: subprocess.Popen[bytes], output_dir: Path) -> list[dict]:
 
 
 def kill(output_dir: Path, steps: int, flags: list[str], moments: random.Random) -> int | None:
-    """Start a run, kill it, and return how many steps it had made that no checkpoint has.
+    """Start a run, kill it, and return how many finished steps are in no checkpoint.
 
-    None: it came to its end before.
+    None: the run ended before it was killed.
     """
     run = start(output_dir, steps, *flags)
     began = datetime.now(UTC)
@@ -104,15 +105,15 @@ def main() -> None:
         found = finish(start(killed, steps, *resume), killed)
 
     usual = statistics.median(line["step_time_s"] for line in expected[1:])
-    # A step's time is that between two losses, so the copy to the host is in the step after.
+    # A step's time runs from one loss to the next, so copying counts for the step after.
     after = [line["step_time_s"] for line in metrics[every:] if line["step"] % every == 0]
     others = [line["step_time_s"] for line in metrics[1:] if line["step"] % every]
     difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(expected, found, strict=True))
     print(f"a checkpoint of {size / 2**20:.1f} MiB every {every} steps of {usual:.3f} s")
-    print(f"the step after one is begun: {statistics.median(after) / usual:.2f}×")
-    print(f"the other steps:             {statistics.median(others) / usual:.2f}×")
+    print(f"the step after its start: {statistics.median(after) / usual:.2f}×")
+    print(f"all other steps:          {statistics.median(others) / usual:.2f}×")
     print(f"killed {len(lost)} times in {steps} steps, which cost {sum(lost)} steps, {lost}")
-    print(f"largest difference of a loss to the run that nothing interrupted: {difference:.1e}")
+    print(f"largest difference of a loss to the uninterrupted run: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How launch and provisioning grow with the slice, on simulated slices of this machine.
+"""Measure how launch and provisioning times grow with the number of workers, on simulated slices.
 
     python benchmarks/slice.py [--workers 1 2 4 8]
 
-For every size a fresh slice is started and provisioned with an image that takes seconds. Measured
-are a second site.yml, which has nothing to do, as seconds and as a ratio to that of the first size,
-and a train.yml: how long until the last container has started, and how far the first and the last
-start are apart. (The small image cannot train: the run ends right after its start.) It replaces a
-simulated slice that is up.
+For every size a fresh slice is started on this machine and provisioned with a small image, which
+takes seconds. Measured are a second site.yml, which changes nothing, in seconds and relative to the
+first size; and a train.yml: the time until the last container has started, and the time between the
+first and the last start. The small image cannot train, so the run ends right after its start.
+A simulated slice that already runs is replaced.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def playbook(name: str, **variables: object) -> tuple[float, subprocess.Complete
 
 
 def provision(workers: int) -> float:
-    """Start a slice and provision it; return the seconds of a second site.yml."""
+    """Start and provision a slice; return the seconds of a second site.yml."""
     for name, variables in (
         ("molecule/shared/create.yml", {"simulated_workers": workers}),
         ("site.yml", SMALL_IMAGE),
@@ -56,7 +56,7 @@ def provision(workers: int) -> float:
 
 
 def launch(workers: int) -> tuple[float, float]:
-    """Start a run; return the seconds to the last container's start, and from the first to it."""
+    """Start a run; return the seconds to the last start of a container, and from the first."""
     with tempfile.TemporaryDirectory() as runs:
         began = datetime.datetime.now(datetime.UTC)
         _, ran = playbook("train.yml", gmm=True, train_runs_dir=runs, **SMALL_IMAGE)

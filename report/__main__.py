@@ -1,8 +1,8 @@
-"""``python -m report RUN_DIR`` writes report.json and report.html from what a run's workers brought
-home; ``python -m report compare RUN_DIR RUN_DIR …`` sets runs side by side.
+"""``python -m report RUN_DIR`` writes report.json and report.html from a run's fetched files;
+``python -m report compare RUN_DIR RUN_DIR …`` compares runs.
 
-Runs on the controller and imports no torch. Where there is no number the report has null, and
-``notes`` say what was missing.
+Runs on the controller and does not import torch. An unknown number is null in the report, and
+``notes`` say which file or data was missing.
 """
 
 import sys
@@ -19,7 +19,7 @@ RUN_DIR is the directory of one run and holds workers/"""
 
 
 def main(argv: list[str]) -> int:
-    """Write report.json and report.html into a run's directory, or compare runs; print where."""
+    """Report on a run or compare runs; print the path of the page. Return the exit code."""
     comparing = argv[:1] == ["compare"]
     run_dirs = [Path(argument) for argument in argv[comparing:]]
     wrong = [str(path) for path in run_dirs if not (path / "workers").is_dir()]

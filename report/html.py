@@ -1,4 +1,4 @@
-"""report.html: one file that opens offline, of the same numbers as report.json."""
+"""report.html: the numbers of report.json as a page, one file that opens offline."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from report.run_dir import Worker, read_variables
 
-# The parts of a step's time, each with its color, which has to do on white and on black
+# The parts of a step's time, each with a color that is legible on white and on black
 PARTS = {
     "compute": "#4f86d6",
     "communication": "#e2914a",
@@ -17,9 +17,8 @@ PARTS = {
     "idle": "#a3a9b5",
 }
 LINE, ACCENT = PARTS["compute"], PARTS["communication"]
-# More points than this no screen shows.
-MOST_POINTS = 2000
-FEW_POINTS = 50
+MOST_POINTS = 2000  # in a line; of a longer run every n-th step is drawn
+FEW_POINTS = 50  # up to here every point has a marker
 DASH = "\N{EN DASH}"
 SOURCES = {
     "device_trace": "device trace",
@@ -42,7 +41,7 @@ Figure = dict[str, Any]
 
 
 def render(run_dir: Path, report: dict[str, Any], workers: list[Worker]) -> str:
-    """Return the page of a run as HTML, from its report and what its workers brought home."""
+    """Return the page of a run as HTML, from its report and its workers' files."""
     longest = max(workers, key=lambda worker: len(worker.steps), default=None)
     steps = longest.steps if longest else []
     return from_template(
@@ -56,7 +55,7 @@ def render(run_dir: Path, report: dict[str, Any], workers: list[Worker]) -> str:
 
 
 def from_template(name: str, figures: dict[str, Figure], **values: Any) -> str:
-    """Return a template as HTML, with its ``figures`` by name and the library that draws them."""
+    """Return a rendered template, with ``figures`` by name and the library that draws figures."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -78,12 +77,12 @@ def from_template(name: str, figures: dict[str, Figure], **values: Any) -> str:
 
 
 def number(value: Any, form: str = "") -> str:
-    """Return ``value`` in the format ``form``, a dash where there is none."""
+    """Return ``value`` in the format ``form``; a dash for None."""
     return DASH if value is None else format(value, form)
 
 
 def seconds(value: float | None) -> str:
-    """Return a duration with the unit that suits it, to four digits."""
+    """Return a duration to four digits, in s, ms or µs; a dash for None."""
     if value is None:
         return DASH
     factor, unit = (1.0, "s") if value >= 1 else (1e3, "ms") if value >= 1e-3 else (1e6, "µs")
@@ -96,14 +95,14 @@ def count(value: float) -> str:
 
 
 def size(value: float | None) -> str:
-    """Return a number of bytes in GiB."""
+    """Return a number of bytes in GiB; a dash for None."""
     return DASH if value is None else f"{value / 2**30:.2f} GiB"
 
 
 def _figures(
     report: dict[str, Any], steps: list[dict[str, Any]], longest: Worker | None
 ) -> dict[str, Figure]:
-    """Return the figures for which there are numbers, by name."""
+    """Return the figures whose data the run has, by name."""
     figures = {}
     if steps:
         figures["loss"] = over_steps(steps, "loss", "loss, nats a token")
@@ -119,7 +118,7 @@ def _figures(
 
 
 def over_steps(steps: list[dict[str, Any]], key: str, title: str) -> Figure:
-    """Return a line of what metrics.jsonl has under ``key`` over the steps."""
+    """Return a figure of the values of ``key`` in metrics.jsonl over the steps."""
     shown = steps[:: max(1, -(-len(steps) // MOST_POINTS))]
     line = {
         "type": "scatter",
@@ -138,7 +137,7 @@ def over_steps(steps: list[dict[str, Any]], key: str, title: str) -> Figure:
 def _step_times(
     steps: list[dict[str, Any]], report: dict[str, Any], longest: Worker | None
 ) -> Figure:
-    """Return the host clock's time of each step, cut off above where compilation would rule."""
+    """Return a figure of the host clock's step times, cut off above leaving out compilations."""
     figure = over_steps(steps, "step_time_s", "seconds")
     layout, trace = figure["layout"], longest.trace if longest else {}
     shapes = []
@@ -158,7 +157,7 @@ def _step_times(
 
 
 def _split(rows: list[dict[str, Any]]) -> Figure:
-    """Return for each worker a bar of the parts of a step."""
+    """Return a figure with a bar for each worker, divided into the parts of a step."""
     hosts = [row["host"] for row in rows]
     bars = [
         {
@@ -184,7 +183,7 @@ def _split(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _bars(values: dict[str, float], title: str) -> Figure:
-    """Return a bar for each of ``values``, the largest first and marked."""
+    """Return a figure with a bar for each of ``values``, the largest first and highlighted."""
     order = sorted(values, key=values.__getitem__, reverse=True)
     bar = {
         "type": "bar",
@@ -204,7 +203,7 @@ def _bars(values: dict[str, float], title: str) -> Figure:
 
 
 def _expert_load(fractions: list[float]) -> Figure:
-    """Return a bar for each expert's share, and a line where all would be equal."""
+    """Return a figure of each expert's share of the tokens, with a line at the equal share."""
     mean = sum(fractions) / len(fractions)
     bar = {
         "type": "bar",
@@ -233,7 +232,7 @@ def _short(value: float | None) -> float | None:
 
 
 def _html(name: str, figure: Figure) -> str:
-    """Return a figure as HTML without the library, which the page has once."""
+    """Return a figure as HTML without the drawing library, which the page contains once."""
     return plotly.io.to_html(
         figure,
         config={"displayModeBar": False, "responsive": True},

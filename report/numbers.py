@@ -1,4 +1,4 @@
-"""The numbers of a run: what report.json says, from what all of its workers brought home."""
+"""Compute the numbers of report.json from the files of all workers of a run."""
 
 import math
 import statistics
@@ -10,17 +10,18 @@ from trainer.metrics import LEAST_STEPS
 
 
 def build(run_dir: Path, workers: list[Worker], notes: list[str]) -> dict[str, Any]:
-    """Return the report of the run in ``run_dir`` from what its ``workers`` brought home.
+    """Return the content of report.json for the run in ``run_dir``.
 
-    ``notes`` are what was missing so far; the report has them all.
+    ``notes`` say what was missing while reading ``workers``; this adds to them.
     """
-    # Under SPMD all workers compute the same loss in lockstep: any one speaks for the run.
+    # Under SPMD all workers compute the same loss in lockstep; take the one with the most steps.
     first = max(workers, key=lambda worker: len(worker.steps), default=None)
     steps = first.steps if first else []
     summary = next(filter(None, (w.summary for w in [first, *workers] if w)), {})
     clock = host_clock(steps, summary)
-    # The slowest worker's: the others wait for it.
-    trace = max((w.trace for w in workers), key=lambda it: it.get("p50") or 0.0, default={})
+    # The slowest worker is reported, because the others wait for it.
+    traces = (worker.trace for worker in workers)
+    trace = max(traces, key=lambda trace: trace.get("p50") or 0.0, default={})
     step_time = _step_time(trace, clock)
     if step_time["p50"] is None:
         notes.append(
@@ -58,7 +59,7 @@ def build(run_dir: Path, workers: list[Worker], notes: list[str]) -> dict[str, A
 
 
 def host_clock(steps: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the spread of the host clock's step times after the last compilation."""
+    """Return p50, p90 (seconds) and number of the step times after the last compilation."""
     times = [step["step_time_s"] for step in steady(steps, summary)]
     enough = len(times) >= LEAST_STEPS
     return {
@@ -69,7 +70,7 @@ def host_clock(steps: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str
 
 
 def _row(worker: Worker, run_dir: Path) -> dict[str, Any]:
-    """Return what the report says of one worker."""
+    """Return a worker's entry in the report."""
     clock = host_clock(worker.steps, worker.summary)
     step_time, profile = _step_time(worker.trace, clock), worker.profile
     return {
@@ -86,20 +87,20 @@ def _row(worker: Worker, run_dir: Path) -> dict[str, Any]:
 def _status(exit_record: dict[str, Any]) -> str:
     if exit_record.get("exit_code") == 0:
         return "succeeded"
-    # Asked to end by a person, or by the follower because of another worker; any other error that
-    # is on record is this worker's own.
-    asked = (exit_record.get("error") or "stopped").startswith("stopped")
+    # A person ended the run, or train.yml did because another worker failed. Any other recorded
+    # error is this worker's own.
+    stopped = (exit_record.get("error") or "stopped").startswith("stopped")
     signalled = exit_record.get("signal") in ("SIGTERM", "SIGINT")
-    return "stopped" if signalled and asked else "failed"
+    return "stopped" if signalled and stopped else "failed"
 
 
 def _overall(statuses: list[str]) -> str:
-    """Return ``failed`` if any worker did, else ``stopped`` if any was, else ``succeeded``."""
+    """Return the run's status: failed if any worker failed, else stopped if any was stopped."""
     return next((s for s in ("failed", "stopped", "succeeded") if s in statuses), "failed")
 
 
 def _step_time(trace: dict[str, Any], clock: dict[str, Any]) -> dict[str, Any]:
-    """Return the trace's step time, the host clock's where the trace has none."""
+    """Return the step time of the trace, or of the host clock where the trace has none."""
     if trace.get("p50") is None:
         return clock | {"busy_p50": None, "idle_share": None, "source": "host_clock"}
     keys = ("p50", "p90", "n", "busy_p50", "idle_share", "source")
@@ -107,18 +108,20 @@ def _step_time(trace: dict[str, Any], clock: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean_split(splits: list[dict[str, float | None]]) -> dict[str, float | None] | None:
-    """Return the mean of the workers' splits of a step's time, None without any."""
+    """Return the mean of the workers' splits of a step's time; None without splits."""
     if not splits:
         return None
-    known = {kind: [it[kind] for it in splits if it[kind] is not None] for kind in splits[0]}
-    return {kind: statistics.fmean(them) if them else None for kind, them in known.items()}
+    known = {
+        kind: [split[kind] for split in splits if split[kind] is not None] for kind in splits[0]
+    }
+    return {kind: statistics.fmean(values) if values else None for kind, values in known.items()}
 
 
 def _skew(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return how much longer the slowest worker needs than the fastest for its own share of a step.
+    """Return each worker's own time in a step, and the ratio of the slowest to the fastest worker.
 
-    That is the time outside collectives, waiting for input included: under SPMD hosts step in
-    lockstep, and the wait for the slowest shows up as communication of the others.
+    A worker's own time is that outside collectives: computation and waiting for input. Under SPMD
+    hosts run in lockstep, so waiting for the slowest worker counts as communication of the others.
     """
     own = {
         row["host"]: row["split_s"]["compute"] + (row["split_s"]["input"] or 0.0)
@@ -164,9 +167,9 @@ def _last_epoch(steps: list[dict[str, Any]], summary: dict[str, Any]) -> list[di
 
 
 def _expert_load(steps: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return which fraction of the tokens each expert got over ``steps``, and how even that is.
+    """Return each expert's fraction of the tokens over ``steps``, and the balance of the load.
 
-    ``max_over_mean`` is 1 where all got the same; None where the trainer did not say.
+    ``max_over_mean`` is 1 if the load is equal. The result is None where no step has a load.
     """
     loads = [step["expert_load"] for step in steps if step.get("expert_load")]
     if not loads:

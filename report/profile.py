@@ -1,8 +1,8 @@
-"""A worker's profile → how long its steps took, and where their time went.
+"""Read from a worker's profile how long its steps took, and where their time went.
 
-On a TPU the steps are the runs of one program on each
-core, its line «XLA Modules»; on CPU, whose profiles have no device, they are the host's markers of
-steps. Nothing here averages what it does not have: without three whole steps there is no time.
+On a TPU a step is one run of the training program on a core, on the profile's line «XLA Modules».
+Profiles of CPU devices have no device planes: there a step is a marker that the training loop sets
+on the host. Fewer than three whole steps give no step time.
 """
 
 import re
@@ -20,10 +20,10 @@ from report import xplane
 from trainer.metrics import LEAST_STEPS
 
 TOP_OPERATIONS = 12
-# A program that the edge of the trace has cut is shorter than any whole one; these vary by less.
+# A first run shorter than this fraction of all other runs was cut off by the start of the trace.
 CUT = 0.98
 
-# What the trainer's loop calls the preparation of a step's input
+# The training loop's name for the preparation of a step's input
 INPUT_MARKER = "input"
 
 _COLLECTIVE = re.compile(
@@ -31,40 +31,44 @@ _COLLECTIVE = re.compile(
 )
 _OPERATION = re.compile(r"%?[a-z][\w.-]*( = |$)")
 _CONTAINER = re.compile("while|conditional")
-# XLA's own threads on a host
+# The prefix of XLA's own threads on a host
 _THREADS = "tf_"
 Interval = tuple[float, float]
 
 
 class BadTrace(ValueError):
-    """The file is no profile, or not one of training; the message says why."""
+    """The file is not a profile of training; the message says why."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a program, or one marked step, of ``number`` where that is known; times in ns."""
+    """One run of a program, or one marked step."""
 
-    start: float
-    end: float
-    number: int | None = None
+    start: float  # ns
+    end: float  # ns
+    number: int | None = None  # of the step, if it is marked
 
     @property
     def busy(self) -> float:
-        """The time from its start to its end."""
+        """The duration in ns."""
         return self.end - self.start
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return what the profile at ``path`` says of the steps in it, times in seconds.
+    """Return the numbers of the steps in the profile at ``path``; times are in seconds.
 
-    ``p50``, ``p90`` and ``mean`` are of the time from the start of a step to the start of the next,
-    of which there are ``n``; ``busy_p50`` is that of the program alone, ``idle_share`` what lies
-    between its runs. Of several cores the slowest speaks: the next step waits for it. ``split`` is
-    the mean step of the mean core: something computed; else there was communication; else the host
-    prepared ``input`` (null where the trainer did not mark it); else it was ``idle``. ``steps`` are
-    the first and the last number of the traced steps.
+    * ``p50``, ``p90`` and ``mean`` are of the ``n`` step times, each from the start of a step to
+    the
+      start of the next; of several cores the slowest is reported, because all wait for it
+    * ``busy_p50`` is of the program's runs alone; ``idle_share`` is the share of time between them
+    * ``split`` divides the mean step of the mean core: ``compute``, while any operation other than
+    a
+      collective runs; ``communication``, while only collectives run; ``input``, while the host
+      prepares input (None if the trainer has not marked it); ``idle``, the rest
+    * ``steps`` are the numbers of the first and the last traced step
+    * ``operations`` are those that took most time
 
-    Raises BadTrace if the file is no profile or has no steps.
+    Raises BadTrace if the file is not a profile, or has no steps.
     """
     try:
         planes = {plane.name: plane for plane in xplane.load(path).planes}
@@ -93,24 +97,24 @@ def read(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Core:
-    """One core's whole steps, and the operations it ran: ``(start, end, name)``, in ns."""
+    """The steps and operations of one core."""
 
     program: str
-    runs: Sequence[Run]
-    operations: Sequence[tuple[float, float, str]]
+    runs: Sequence[Run]  # the steps; the last one only marks the end of the step before
+    operations: Sequence[tuple[float, float, str]]  # (start, end, name), in ns
 
     @property
     def enough(self) -> bool:
-        """Whether there are whole steps enough."""
+        """Whether there are enough whole steps for a step time."""
         return len(self.runs) > LEAST_STEPS
 
     @property
     def window(self) -> Interval:
-        """From the start of the first step to that of the last, whose end nothing shows."""
+        """The time in ns from the start of the first step to the start of the last."""
         return self.runs[0].start, self.runs[-1].start
 
     def step_time(self) -> dict[str, Any]:
-        """Return the spread of the times from start to start, in seconds."""
+        """Return p50, p90 and mean of the step times, in seconds, and the idle share."""
         starts = np.array([run.start for run in self.runs]) / 1e9
         busy = np.array([run.busy for run in self.runs[:-1]]) / 1e9
         steps = np.diff(starts)
@@ -127,7 +131,7 @@ class Core:
         }
 
     def split(self, inputs: list[Interval]) -> dict[str, float | None]:
-        """Return the seconds of a step that went into each kind of thing, their sum its time."""
+        """Return the seconds of the mean step in each part; their sum is the step time."""
         steps, compute, communication = len(self.runs) - 1, [], []
         for start, end, name in self.operations:
             (communication if is_collective(name) else compute).append((start, end))
@@ -149,8 +153,8 @@ class Core:
 
 
 def is_collective(name: str) -> bool:
-    """Tell by its name, or its HLO text, whether an operation moves data between devices."""
-    # In the text of an operation its operands have names, too.
+    """Whether an operation, given by its name or HLO text, is a collective."""
+    # Operands may be named after collectives, so only result, opcode and called fusion count.
     result, _, text = name.partition(" = ")
     called = re.findall(r"calls=(\S+)", text)
     opcode = re.findall(r"(?:^| )([a-z-]+)\(", text)[:1]
@@ -162,19 +166,19 @@ def covered(intervals: Iterable[Interval], window: Interval) -> float:
     spans = np.clip(np.array(sorted(intervals), dtype=float).reshape(-1, 2), *window)
     if not len(spans):
         return 0.0
-    # What a span adds is what lies behind the furthest end before it.
+    # An interval adds only what lies after the end of all intervals before it.
     reached = np.maximum.accumulate(np.concatenate([[window[0]], spans[:-1, 1]]))
     return float(np.maximum(spans[:, 1] - np.maximum(spans[:, 0], reached), 0).sum())
 
 
 def _where(cores: list[Core], inputs: list[Interval]) -> dict[str, Any]:
-    """Return the split of a step's time and the operations that took most, over all cores."""
+    """Return the split of a step's time, and the operations that took most, over all cores."""
     cores = [core for core in cores if core.enough and core.operations]
     if not cores:
         return {"split": None, "operations": []}
     splits = [core.split(inputs) for core in cores]
     split = {
-        kind: None if splits[0][kind] is None else float(np.mean([it[kind] for it in splits]))
+        kind: None if splits[0][kind] is None else float(np.mean([each[kind] for each in splits]))
         for kind in splits[0]
     }
     seconds, counts = Counter(), Counter()
@@ -200,7 +204,7 @@ def _where(cores: list[Core], inputs: list[Interval]) -> dict[str, Any]:
 
 
 def _tpu_core(plane: Message) -> Core | None:
-    """Return the runs of the program that took most of a TPU core's time, None if it ran none."""
+    """Return the runs of the program that took most of a TPU core's time; None without runs."""
     lines, names = {line.name: line for line in plane.lines}, xplane.names(plane.event_metadata)
     programs: dict[str, list[Run]] = defaultdict(list)
     if "XLA Modules" in lines:
@@ -220,7 +224,7 @@ def _tpu_core(plane: Message) -> Core | None:
 
 
 def _host_core(plane: Message, markers: list[Run]) -> Core:
-    """Return all CPU devices as one core: they share the host's threads."""
+    """Return all CPU devices as one core, because they share the host's threads."""
     names = xplane.names(plane.event_metadata)
     operations = [
         leaf
@@ -232,7 +236,7 @@ def _host_core(plane: Message, markers: list[Run]) -> Core:
 
 
 def _marked(host: Message) -> tuple[list[Run], list[Interval]]:
-    """Return the steps and the preparation of input that the trainer has marked on its host."""
+    """Return the steps and the intervals of input that the training loop has marked."""
     names, stats = xplane.names(host.event_metadata), xplane.names(host.stat_metadata)
     markers, inputs = [], []
     for line in host.lines:
@@ -248,9 +252,9 @@ def _marked(host: Message) -> tuple[list[Run], list[Interval]]:
 
 
 def _leaves(line: Message, names: dict[int, str]) -> list[tuple[float, float, str]]:
-    """Return the operations of a line without those, such as loops, that hold others.
+    """Return the operations of a line, without loops and others that contain operations.
 
-    What else a host's threads do has no operation's name.
+    Other events on a host's threads are left out by their names.
     """
     operations = {key: name for key, name in names.items() if _OPERATION.match(name)}
     events = [
@@ -267,7 +271,7 @@ def _leaves(line: Message, names: dict[int, str]) -> list[tuple[float, float, st
 
 
 def _events(line: Message) -> Iterator[tuple[float, float, Message]]:
-    """Yield start and end, in ns, of a line's events, and the events themselves."""
+    """Yield ``(start, end, event)`` of a line's events, in ns."""
     begin = line.timestamp_ns
     for event in line.events:
         start = begin + event.offset_ps / 1e3

@@ -1,6 +1,7 @@
-"""The directory of a run, as the launcher leaves it, read with nothing assumed to be there.
+"""Read the directory of a run, as train.yml leaves it.
 
-A run that broke off leaves files missing or cut short. What is missing is said in ``notes``.
+Any file may be missing or cut short, because a run can break off at any moment. ``notes`` collect
+what was missing.
 """
 
 import json
@@ -16,13 +17,13 @@ from report.profile import BadTrace
 from report.profile import read as read_trace
 from trainer.metrics import LEAST_STEPS
 
-# Further apart than this over the same steps, and the trace and the host clock disagree.
+# Relative difference of a step time in the trace and by the host clock that becomes a note
 AGREEMENT = 0.02
 
 
 @dataclass
 class Worker:
-    """What one worker brought home: ``exit``, ``summary`` and ``trace`` are empty without it."""
+    """The files of one worker; ``exit``, ``summary`` and ``trace`` are empty if missing."""
 
     directory: Path
     notes: list[str] = field(repr=False)
@@ -44,14 +45,14 @@ class Worker:
 
     @cached_property
     def profile(self) -> Path | None:
-        """The newest trace, None where there is none."""
+        """The path of the newest trace; None without traces."""
         traces = sorted((self.directory / "profile").rglob("*.xplane.pb"))
         return traces[-1] if traces else None
 
     def _json(self, name: str) -> dict[str, Any]:
-        value, trouble = _load_json(self.directory / name)
-        if trouble:
-            self.notes.append(f"{self.host}: {trouble}")
+        value, problem = _load_json(self.directory / name)
+        if problem:
+            self.notes.append(f"{self.host}: {problem}")
         return value
 
     def _metrics(self) -> list[dict[str, Any]]:
@@ -72,7 +73,7 @@ class Worker:
         return steps
 
     def _trace(self) -> dict[str, Any]:
-        """Return what the profile says, and how it compares with the host clock's steps."""
+        """Return the numbers of the trace, and its mean step time relative to the host clock's."""
         if not self.profile:
             if self.steps:
                 self.notes.append(f"{self.host}: there is no profile")
@@ -96,7 +97,7 @@ class Worker:
                 "are needed"
             )
         elif first is not None and all(step in times for step in range(first, last)):
-            # From the start of the first step to that of the last
+            # Both times run from the start of the first step to the start of the last.
             clock = sum(times[step] for step in range(first, last)) / (last - first)
             ratio = trace["over_host_clock"] = trace["mean"] / clock
             if abs(ratio - 1) > AGREEMENT:
@@ -108,15 +109,15 @@ class Worker:
 
 
 def read_workers(run_dir: Path, notes: list[str]) -> list[Worker]:
-    """Return the workers of the run in ``run_dir``; raises FileNotFoundError if it is none."""
+    """Return the workers of the run in ``run_dir``; raises FileNotFoundError without workers/."""
     directories = sorted(path for path in (run_dir / "workers").iterdir() if path.is_dir())
     return [Worker(directory, notes) for directory in directories]
 
 
 def read_plan(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the newest plan.json for the step that a run's ``summary`` describes.
+    """Return the newest plan.json for the same step on the same slice as the run's; None without.
 
-    It is what the TPU compiler said of the step, for the same slice; None where there is none.
+    ``summary`` is the content of the run's summary.json.
     """
     variables = read_variables(run_dir)
     if not (summary.get("model") and variables.get("train_plans_dir")):
@@ -124,9 +125,9 @@ def read_plan(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
     model = summary["model"]
     batch, block = model["global_batch"], model["block_size"]
     files = Path(variables["train_plans_dir"]).glob("*/plan.json")
-    for path in sorted(files, key=lambda it: it.stat().st_mtime, reverse=True):
+    for path in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         plan, _ = _load_json(path)
-        # The model is told by its arithmetic: a configuration of one's own has no name.
+        # Models are compared by their FLOPs: a user's own configuration has no name.
         flops = summary["model_flops_per_token"] * batch * block / plan.get("chips", 1)
         same = {
             "accelerator_type": variables.get("train_accelerator_type"),
@@ -142,7 +143,7 @@ def read_plan(run_dir: Path, summary: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_variables(run_dir: Path) -> dict[str, Any]:
-    """Return every variable of the run, by name; none where they are missing."""
+    """Return every variable of the run by name; empty where variables.yml is missing."""
     try:
         return yaml.safe_load((run_dir / "variables.yml").read_text(encoding="utf-8")) or {}
     except (FileNotFoundError, yaml.YAMLError):
@@ -150,7 +151,7 @@ def read_variables(run_dir: Path) -> dict[str, Any]:
 
 
 def steady(steps: list[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the steps after the last compilation; none where that is not known."""
+    """Return the steps after the last compilation; empty where that is unknown."""
     if not summary.get("compile"):
         return []
     last_compiled = summary["compile"]["last_step"]
@@ -159,7 +160,7 @@ def steady(steps: list[dict[str, Any]], summary: dict[str, Any]) -> list[dict[st
 
 
 def _load_json(path: Path) -> tuple[dict[str, Any], str]:
-    """Return the object in a JSON file, or an empty one and why."""
+    """Return the object in a JSON file and "", or an empty object and what is wrong."""
     try:
         return json.loads(path.read_text(encoding="utf-8")), ""
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""The format of ``*.xplane.pb``, XLA's profiles: a space of planes of lines of events.
+"""Parser of ``*.xplane.pb``, XLA's profiles: an XSpace has planes, a plane lines, a line events.
 
-Only the fields that the report reads, as tsl/profiler/protobuf/xplane.proto numbers them. XProf's
-own ProfileData opens the same file, but makes an object with a finalizer of every event: six
-seconds for the 1.4 million that three seconds on CPU leave, where this takes one.
+Defines only the fields that the report reads, numbered as in tsl/profiler/protobuf/xplane.proto.
+XProf's own ProfileData can open the same file, but takes six seconds, where this takes one, for the
+1.4 million events of a three-second profile of CPU devices.
 """
 
 from pathlib import Path
@@ -57,15 +57,15 @@ XSpace = _space_class()
 
 
 def load(path: Path) -> message.Message:
-    """Return the XSpace in the file ``path``, the times of its lines counted from the earliest.
+    """Return the XSpace in the file ``path``, with times relative to its earliest line.
 
-    Raises ValueError if the file is none.
+    Raises ValueError if the file is not a profile.
     """
     try:
         space = XSpace.FromString(path.read_bytes())
     except message.DecodeError as error:
         raise ValueError(f"{path} is no profile, or is cut short") from error
-    # Nanoseconds since 1970 have more digits than a float.
+    # Nanoseconds since 1970 need more digits than a float has.
     lines = [line for plane in space.planes for line in plane.lines if line.events]
     begin = min((line.timestamp_ns for line in lines), default=0)
     for line in lines:

@@ -1,19 +1,23 @@
-"""Is the stack whole, and do its kernels compile for the chip? Needs neither a TPU nor the trainer.
+"""Check an installed stack: its versions, its imports, and its kernels for the chip.
 
     python doctor.py [--accelerator-type v5p-8] [--device] FILE ...
 
-The FILEs are the lock files that the stack was installed from. Every check is one line; behind one
-that fails stand what does not fit and the command that mends it. Exit code 1 where one has failed.
+``container/Dockerfile`` runs it at the end of every build of a stack, the role ``torch_xla`` at the
+end of every native installation, and ``doctor.yml`` on every worker, in the image or natively. It
+needs neither a TPU nor the trainer.
 
-* what is installed is what the lock files pin, and where it came from; CUDA's libraries (.cuda.txt)
-  only where torch is the build that loads them
-* torch, torch_xla and what else the trainer imports load together
-* torch_xla's Pallas kernels, Megablox forward and backward and flash attention forward and
-  backward, compile for the chip with the stack's own libtpu; of a whole step the plan says that
-* with --device: the TPU is there, and nobody else holds it
+The FILEs are the lock files that the stack was installed from. Every check prints one line. A
+failed check also prints the reason and the command that repairs the stack, and the exit code is 1.
 
-A check runs in a process of its own, because a library that does not fit may end the process
-instead of raising.
+* installed versions equal those in the lock files; CUDA's libraries (.cuda.txt) count only with a
+  CUDA build of torch
+* torch, torch_xla and the trainer's other imports load together
+* torch_xla's Pallas kernels, Megablox and flash attention, forward and backward, compile for the
+  chip with the stack's own libtpu (the plan compiles the whole step)
+* with --device: the TPU exists, and no other process holds it
+
+Each check runs in a process of its own, because mismatched libraries may abort the process instead
+of raising.
 """
 
 import argparse
@@ -37,11 +41,11 @@ TOPOLOGIES = {
     "v5p": ("v5:2x2x1", {}),
     "v6e": ("v6e:2x2", {}),
 }
-# What of the stack people ask each other for
+# The packages that are listed with version and origin
 SHOWN = ("torch", "torch_xla", "libtpu", "jax", "jaxlib", "flax", "transformers", "datasets")
-# What the trainer imports beside the kernels
+# The trainer's imports other than the kernels
 IMPORTS = ("torch_xla.distributed.spmd", "transformers", "tokenizers", "datasets")
-SECONDS = 600
+SECONDS = 600  # until a check counts as failed
 
 
 def pins(files: list[Path]) -> dict[str, str]:
@@ -51,10 +55,7 @@ def pins(files: list[Path]) -> dict[str, str]:
 
 
 def installed(name: str) -> str | None:
-    """Return the version of a package, without the part that names a build; None if it is missing.
-
-    torch's CPU build calls itself 2.9.1+cpu.
-    """
+    """Return the version of a package without its build, 2.9.1 for 2.9.1+cpu; None if missing."""
     try:
         return importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -62,7 +63,7 @@ def installed(name: str) -> str | None:
 
 
 def build(name: str) -> str:
-    """Return what a package's version says of its build, "" where it says nothing."""
+    """Return the build in a package's version, cpu for 2.9.1+cpu; "" if it names none."""
     try:
         return importlib.metadata.version(name).partition("+")[2]
     except importlib.metadata.PackageNotFoundError:
@@ -70,20 +71,20 @@ def build(name: str) -> str:
 
 
 def origin(name: str) -> str:
-    """Return where a package came from, as far as its installer has written it down."""
+    """Return where a package was installed from, as far as its installer recorded it."""
     distribution = importlib.metadata.distribution(name)
     url = json.loads(distribution.read_text("direct_url.json") or "{}").get("url")
     return url or (f"an index, build {build(name)}" if build(name) else "an index")
 
 
 def install(name: str, pinned: dict[str, str]) -> str:
-    """Return the command that installs a package as it is pinned."""
+    """Return the command that installs a package in its pinned version."""
     version = f"=={pinned[name]}" if name in pinned else ""
     return f"pip install --no-deps {name}{version}"
 
 
 def wrong_versions(pinned: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield what is not installed as it is pinned, with the command that mends it."""
+    """Yield each deviation from the pinned versions, with the command that repairs it."""
     for name, version in pinned.items():
         found = installed(name)
         if found is None:
@@ -98,9 +99,9 @@ def minor(version: str | None) -> str:
 
 
 def diagnosis(words: str, pinned: dict[str, str]) -> tuple[str, str]:
-    """Return what the last words of a process that failed mean, and the command that mends it.
+    """Return the cause of a failed check, from its output, and the command that repairs it.
 
-    The patterns are the ways in which this stack was seen to break.
+    The patterns are failures of this stack that have been observed.
     """
     torch, torch_xla = installed("torch"), installed("torch_xla")
     if minor(torch) != minor(torch_xla):
@@ -125,7 +126,7 @@ def diagnosis(words: str, pinned: dict[str, str]) -> tuple[str, str]:
 
 
 def load() -> None:
-    """Load what the trainer imports, and let torch and torch_xla compute together."""
+    """Import what the trainer imports, and compute with torch and torch_xla together."""
     import torch
     import torch_xla
 
@@ -135,13 +136,13 @@ def load() -> None:
 
 
 def kernels(accelerator_type: str) -> None:
-    """Compile torch_xla's Pallas kernels, each a program of its own, and name those that did."""
+    """Compile torch_xla's Pallas kernels, each as a program of its own, and print their names."""
     import torch
     import torch_xla
     import torch_xla.experimental.custom_kernel as pallas
     from jax._src import stages
 
-    # JAX would lower for the CPU that traces here.
+    # By default JAX would lower for the CPU of this process.
     lower = stages.Traced.lower
     stages.Traced.lower = lambda self, **_: lower(self, lowering_platforms=("tpu",))
     device = torch_xla.device()
@@ -179,7 +180,7 @@ def kernels(accelerator_type: str) -> None:
 
 
 def compile_for(accelerator_type: str, outputs: list) -> None:
-    """Compile what computes ``outputs`` with libtpu, for one device of the smallest slice."""
+    """Compile the program of ``outputs`` for one device of the chip's smallest slice."""
     import numpy as np
     import torch_xla
     from jax._src import compiler
@@ -191,7 +192,7 @@ def compile_for(accelerator_type: str, outputs: list) -> None:
         from jaxlib import _jax
 
         placed = [_jax.DeviceList(tuple(devices))]
-    except ImportError:  # The jaxlib of torch_xla 2.6 names it otherwise, and asks for no devices.
+    except ImportError:  # the jaxlib of torch_xla 2.6, whose compile() takes no devices
         from jaxlib import xla_extension as _jax
 
         placed = []
@@ -207,7 +208,7 @@ def compile_for(accelerator_type: str, outputs: list) -> None:
 
 
 def device() -> None:
-    """Compute on the TPU, which fails where there is none and where somebody else holds it."""
+    """Compute on the TPU; fails without one, and if another process holds it."""
     import torch
     import torch_xla
     import torch_xla.runtime as xr
@@ -221,14 +222,14 @@ def chip_of(accelerator_type: str) -> str:
     return accelerator_type.partition("-")[0]
 
 
-# Each runs in a process with this environment. The TPU's compiler must not look for a TPU.
+# The environment of each check's process. The TPU's compiler must not look for a TPU.
 CPU = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "JAX_PLATFORMS": "cpu"}
 CPU |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 CHECKS = {"load": CPU, "kernels": CPU, "device": {"PJRT_DEVICE": "TPU"}}
 
 
 def ask(check: str, accelerator_type: str) -> tuple[bool, str]:
-    """Run a check in a process of its own; return whether it succeeded and its last words."""
+    """Run a check in a process of its own; return whether it succeeded, and its output."""
     command = [sys.executable, __file__, "--accelerator-type", accelerator_type, "--run", check]
     try:
         ran = subprocess.run(
@@ -246,17 +247,17 @@ def ask(check: str, accelerator_type: str) -> tuple[bool, str]:
 
 
 class Verdict:
-    """The lines on the screen, and whether one of them is a failure."""
+    """Prints the results of the checks, and remembers whether any has failed."""
 
     def __init__(self) -> None:
         self.failed = False
 
     def good(self, what: str, words: str = "") -> None:
-        """Say that a check has succeeded."""
+        """Print that a check has succeeded."""
         print(f"ok     {what}{': ' if words else ''}{words}", flush=True)
 
     def bad(self, what: str, words: str, mend: str) -> None:
-        """Say that a check has failed, and how to mend it."""
+        """Print that a check has failed, and the command that repairs the stack."""
         self.failed = True
         print(f"FAIL   {what}: {words}", flush=True)
         if mend:
@@ -264,7 +265,7 @@ class Verdict:
 
 
 def examine(accelerator_type: str, with_device: bool, files: list[Path]) -> bool:
-    """Print a line for every package and every check; return whether all is well."""
+    """Print a line for every package and every check; return whether all checks succeeded."""
     if build("torch") == "cpu":
         files = [file for file in files if not file.name.endswith(".cuda.txt")]
     pinned, verdict = pins(files), Verdict()

@@ -1,9 +1,10 @@
-"""What an image must show before it counts as built: its trainer takes a step on two CPU devices.
+"""Train one step on two CPU devices, to show that a freshly built image works.
 
     python smoke_step.py [RUN_CLM]
 
-With RUN_CLM, the script of the guide's branch of transformers is the trainer. It ends with exit
-code 1 and says why where there is no step.
+``container/Dockerfile`` runs it as the last step of every build, with the trainer in the image. For
+the stack ``guide`` RUN_CLM is the script of the guide's branch of transformers, which is run
+instead. Exit code 1, with the reason, if the step fails.
 """
 
 import argparse
@@ -52,9 +53,9 @@ def check_step(run_clm: str | None) -> None:
     environment = os.environ | {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(DEVICES),
-        # With fewer threads than this, XLA's CPU devices wait for each other for ever.
+        # With fewer threads, collectives of XLA's CPU devices deadlock.
         "NPROC": str(2 * DEVICES),
-        # The program runs once: what the compiler would spend on making it fast is lost.
+        # The program runs only once, so optimizing it would take longer than it saves.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     with tempfile.TemporaryDirectory() as directory:
@@ -87,7 +88,7 @@ def check_step(run_clm: str | None) -> None:
         if trained.returncode:
             sys.exit(f"smoke_step: the trainer failed, exit code {trained.returncode}")
         loss = guides_loss(output) if run_clm else trainers_loss(output)
-    # A model that knows nothing yet is as good as one that guesses evenly.
+    # An untrained model predicts a nearly uniform distribution.
     even = math.log(MODEL["vocab_size"])
     if not math.isclose(loss, even, rel_tol=0.1):
         sys.exit(f"smoke_step: the first loss is {loss}, and not about ln(vocabulary) = {even:.2f}")
@@ -95,7 +96,7 @@ def check_step(run_clm: str | None) -> None:
 
 
 def trainers_loss(output: Path) -> float:
-    """Return the loss that the trainer has written, which also says on how many devices."""
+    """Return the loss in metrics.jsonl, after checking the number of devices in summary.json."""
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     if summary["device"]["count"] != DEVICES:
         sys.exit(f"smoke_step: {summary['device']} where {DEVICES} devices were asked for")
@@ -104,12 +105,12 @@ def trainers_loss(output: Path) -> float:
 
 
 def guides_loss(output: Path) -> float:
-    """Return the loss that the guide's script has written."""
+    """Return the loss that the guide's script has written to train_results.json."""
     return json.loads((output / "train_results.json").read_text(encoding="utf-8"))["train_loss"]
 
 
 def write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer of a few words: the guide's script does without none."""
+    """Write a tokenizer of a few words, which the guide's script requires."""
     directory.mkdir()
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}
     for name, content in {"tokenizer": TOKENIZER, "tokenizer_config": kind}.items():

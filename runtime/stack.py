@@ -1,19 +1,25 @@
-"""Install a software stack into the environment of the Python that runs this.
+"""Install a software stack into the environment of the Python that runs this program.
 
-    python stack.py torch STACK                  torch alone
-    python stack.py rest STACK [--also FILE]     all else; FILE is one more lock file
+    python stack.py torch STACK                  install torch alone
+    python stack.py rest STACK [--also FILE]     install all else; FILE: one more lock file
     python stack.py newest STACK                 print the newest day that has a nightly, YYYYMMDD
 
-What a stack is stands in requirements/ beside this file: STACK.env names its Python and where it
-comes from, STACK.txt all but torch. With STACK.torch.txt it is locked: hashed, whole closures.
-Without, it is built every night, and torch decides about the others.
+``container/Dockerfile`` runs ``torch`` and ``rest`` while it builds the image. The role
+``torch_xla`` runs both on a worker with ``-e runtime=native``, in the worker's virtual environment.
+The role ``nightly`` runs ``newest`` on the controller.
 
-A variable of STACK.env is overridden by the environment, and that by the file of KEY=VALUE lines
-that the environment variable STACK_SOURCES names. An address may hold a login: it is never printed,
-and neither a process's arguments nor the clone of a repository show it.
+requirements/ beside this file defines the stacks: STACK.env has the Python version and the sources,
+STACK.txt all packages but torch. A stack with a STACK.torch.txt is locked: every package, down to
+the last dependency, is pinned with its hash. A stack without is a nightly: the day of its torch
+decides the versions of torch_xla, libtpu and jax.
 
-Whatever else says how to get there is pip's own configuration, SSL_CERT_FILE and GIT_SSL_CAINFO.
-Exit code 1 and one message on stderr where something has failed.
+The environment overrides the variables of STACK.env, and the file of KEY=VALUE lines that the
+environment variable STACK_SOURCES names overrides the environment. An address may contain a login,
+which is never printed and appears neither in arguments of processes nor in the clone of a
+repository.
+
+pip's own configuration, SSL_CERT_FILE and GIT_SSL_CAINFO apply as well. Exit code 1, with one
+message on stderr, if anything fails.
 """
 
 import argparse
@@ -35,18 +41,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 REQUIREMENTS = Path(__file__).resolve().with_name("requirements")
-# Wheels of both kinds were built for TPU VMs.
+# The platform tags of the nightly wheels for TPU VMs
 PLATFORMS = ("manylinux_2_28_x86_64", "linux_x86_64")
 DAY = re.compile(r"\.dev(\d{8})\b")
-# Of this program's own requests; pip has its own.
+# Of requests by this program itself; pip's are configured by pip
 ATTEMPTS = 4
-SECONDS = 10
-# How many of the days that torch was built on are tried for one that can be named instead
+SECONDS = 10  # until a request times out
+# For a day without nightly, the number of nearby days that are checked as alternatives
 NEIGHBOURS = 10
 
 PIPS_INDEX = "pip's index"
 LOCKED = ("--no-deps", "--require-hashes")
-# A build has no use for a bar, and a company's mirror need not know of pip's versions.
+# No progress bar in a build's log, and no look for newer pips, which a mirror may lack
 QUIET = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_PROGRESS_BAR": "off", "PIP_NO_INPUT": "1"}
 MISMATCH = r"DO NOT MATCH .*HASHES.*\n\s+(\S+)(?: from (\S+?))?:?(?: |\n)"
 DOWN = r"Retrying \(|Could not fetch URL|[Cc]onnection (broken|error|timed out)|IncompleteRead"
@@ -54,16 +60,16 @@ DOWN += r"|Max retries exceeded|HTTP error (5\d\d|429)|incomplete-download|ReadT
 
 
 class Failure(Exception):
-    """What ends this program: what was wrong, where it came from, and what to do."""
+    """Ends this program; the message says what was wrong, from which source, and what to do."""
 
 
 def masked(text: str) -> str:
-    """Return ``text`` without what stands before the host of an address."""
+    """Return ``text`` without the logins of the addresses in it."""
     return re.sub(r"://[^/\s]+@", "://***@", text)
 
 
 def split_login(url: str) -> tuple[str, dict[str, str]]:
-    """Return an address without its login, and the header that logs in."""
+    """Return an address without its login, and the HTTP header with the login, if any."""
     parts = urlsplit(url)
     login, _, host = parts.netloc.rpartition("@")
     if not login or parts.scheme not in ("http", "https"):
@@ -80,7 +86,7 @@ def declared(path: Path) -> dict[str, str]:
 
 
 def sources(stack: str) -> dict[str, str]:
-    """Return what STACK.env declares, with what the environment and STACK_SOURCES say instead."""
+    """Return the variables of STACK.env, overridden by the environment and STACK_SOURCES."""
     known = sorted(path.stem for path in REQUIREMENTS.glob("*.env"))
     if stack not in known:
         raise Failure(f"there is no stack {stack!r}. There are: {', '.join(known)}")
@@ -88,7 +94,7 @@ def sources(stack: str) -> dict[str, str]:
     given = dict(os.environ)
     if path := os.environ.get("STACK_SOURCES"):
         given |= declared(Path(path))
-    # Which Python it is, the lock files and Ansible have decided with the file.
+    # The Python version cannot be overridden: lock files and Ansible rely on that of the file.
     replaced = {name: given[name] for name in values if name != "PYTHON" and given.get(name)}
     return values | replaced
 
@@ -99,7 +105,7 @@ def is_locked(stack: str) -> bool:
 
 
 def torch_version() -> str:
-    """Return the version of torch in this environment, "" where there is none."""
+    """Return the version of torch in this environment; "" if it is not installed."""
     importlib.invalidate_caches()
     try:
         return importlib.metadata.version("torch")
@@ -108,7 +114,7 @@ def torch_version() -> str:
 
 
 def install(what: str, source: str, *arguments: str, **variables: str) -> None:
-    """Run ``pip install`` and show what it says; raise a Failure that explains what went wrong."""
+    """Run ``pip install`` with its output on screen; raise Failure with an explanation."""
     process = subprocess.Popen(
         [sys.executable, "-m", "pip", "install", *arguments],
         env=os.environ | QUIET | variables,
@@ -126,10 +132,10 @@ def install(what: str, source: str, *arguments: str, **variables: str) -> None:
 
 
 def explain(words: str, what: str, source: str) -> str:
-    """Return what pip's last words mean and what to do, for ``what`` from ``source``."""
+    """Return what pip's output means and what to do, after installing ``what`` failed."""
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    if source == PIPS_INDEX and (asked := re.search(r"^Looking in indexes: (.+)$", words, re.M)):
-        source = f"{source}, {asked[1]},"
+    if source == PIPS_INDEX and (indexes := re.search(r"^Looking in indexes: (.+)$", words, re.M)):
+        source = f"{source}, {indexes[1]},"
     if "No space left on device" in words:
         places = (sys.prefix, tempfile.gettempdir())
         free = (f"{shutil.disk_usage(place).free >> 20} MiB free in {place}" for place in places)
@@ -161,7 +167,7 @@ def explain(words: str, what: str, source: str) -> str:
 
 
 def versions(index: str, *options: str) -> list[str]:
-    """Return the versions of torch that pip finds in an index, the newest first."""
+    """Return the versions of torch in an index, the newest first; none if it does not answer."""
     command = [sys.executable, "-m", "pip", "index", "versions", "torch", *options]
     listed = subprocess.run(
         command,
@@ -175,7 +181,7 @@ def versions(index: str, *options: str) -> list[str]:
 
 
 def missing(url: str) -> str:
-    """Return "" where there is a file at ``url``, else what was answered."""
+    """Return "" if there is a file at ``url``, else the server's answer; raises Failure."""
     plain, headers = split_login(url)
     said = ""
     for attempt in range(ATTEMPTS):
@@ -185,7 +191,7 @@ def missing(url: str) -> str:
                 return ""
         except urllib.error.HTTPError as error:
             said = f"HTTP {error.code}"
-            # Google's storage says 403 of a file that is not there where nobody may list them.
+            # Google's storage answers 403 for a missing file in a bucket that may not be listed.
             if error.code in (403, 404, 410):
                 return said
         except (OSError, http.client.HTTPException) as error:
@@ -199,7 +205,7 @@ def missing(url: str) -> str:
 
 
 def builds(values: dict[str, str]) -> dict[str, str]:
-    """Return torch's version of every day that it was built on for the stack's Python."""
+    """Return the nightly version of torch by day, for the stack's Python."""
     options = ["--pre", "--python-version", values["PYTHON"]]
     for platform in PLATFORMS:
         options += ["--platform", platform]
@@ -217,17 +223,17 @@ def builds(values: dict[str, str]) -> dict[str, str]:
 
 
 def date(day: str) -> datetime:
-    """Return the day that is written YYYYMMDD."""
+    """Return the date of a day written as YYYYMMDD."""
     return datetime.strptime(day, "%Y%m%d")
 
 
 def tag(values: dict[str, str]) -> str:
-    """Return the stack's Python as wheels name it, such as cp311."""
+    """Return the tag of the stack's Python in names of wheels, such as cp311."""
     return "cp" + values["PYTHON"].replace(".", "")
 
 
 def wheel(values: dict[str, str], torch: str) -> str:
-    """Return the address of the torch_xla that belongs to a nightly ``torch``."""
+    """Return the address of the torch_xla wheel for the nightly version ``torch``."""
     version, _, date = torch.partition("+")[0].partition(".dev")
     url = values["TORCH_XLA_WHEEL"]
     for name, value in {"version": version, "date": date, "python": tag(values)}.items():
@@ -236,7 +242,7 @@ def wheel(values: dict[str, str], torch: str) -> str:
 
 
 def choose(values: dict[str, str]) -> str:
-    """Return torch's version of NIGHTLY_DATE, or else of the newest day that has torch_xla, too."""
+    """Return torch's version of NIGHTLY_DATE, or of the newest day that also has torch_xla."""
     day = values["NIGHTLY_DATE"]
     if day:
         try:
@@ -268,7 +274,7 @@ def choose(values: dict[str, str]) -> str:
 
 
 def install_torch(stack: str, values: dict[str, str]) -> None:
-    """Install torch: of a night, or the locked one, in its CPU build where its index answers."""
+    """Install torch: a nightly, or the locked version, as CPU build if its index answers."""
     index = values["TORCH_INDEX"]
     if not is_locked(stack):
         pin = f"torch=={choose(values)}"
@@ -289,7 +295,7 @@ def install_torch(stack: str, values: dict[str, str]) -> None:
 
 
 def install_rest(stack: str, values: dict[str, str], also: Path | None) -> None:
-    """Install all but torch, which nothing may replace."""
+    """Install all packages but torch, and keep the installed torch."""
     torch = torch_version()
     if not torch:
         raise Failure(f"torch is not there yet: stack.py torch {stack} comes first")
@@ -320,7 +326,7 @@ def install_rest(stack: str, values: dict[str, str], also: Path | None) -> None:
 
 
 def install_transformers(repository: str, branch: str) -> None:
-    """Clone a branch of transformers to where its examples are run from, and install it."""
+    """Clone a branch of transformers into the environment, with its examples, and install it."""
     clone = Path(sys.prefix, "transformers")
     shutil.rmtree(clone, ignore_errors=True)
     plain, login = split_login(repository)
@@ -344,13 +350,13 @@ def install_transformers(repository: str, branch: str) -> None:
             f"transformers: git cannot clone branch {branch} from {plain}: {reason[-1]}. Run it "
             "again, or name another TRANSFORMERS_REPOSITORY or TRANSFORMERS_BRANCH"
         )
-    # Built with the setuptools of the lock file. Not as git+file://, for which pip clones it once
-    # more: git does not come to an end where it filters a clone that is shallow.
+    # Built with the setuptools of the lock file. Not installed as git+file://, for which pip makes
+    # a filtered clone of this one: git hangs when it filters a shallow clone.
     install("transformers", plain, "--no-deps", "--no-build-isolation", str(clone))
 
 
 def run(command: str, stack: str, also: Path | None) -> None:
-    """Do what the command line asks for."""
+    """Run one command of the command line; raises Failure."""
     values = sources(stack)
     if command == "newest":
         if is_locked(stack):
@@ -370,7 +376,7 @@ def run(command: str, stack: str, also: Path | None) -> None:
 
 
 def main() -> int:
-    """Parse the command line, do it, and say what has failed."""
+    """Parse and run the command line; print what failed. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("command", choices=("torch", "rest", "newest"))
     parser.add_argument("stack", metavar="STACK")

@@ -1,18 +1,22 @@
-"""Run a command under a lease: it ends when nobody renews the lease any more.
+"""Run the trainer under a lease, and end it when the lease is no longer renewed.
 
     python supervisor.py [--lease FILE --seconds 300] --grace 30 --log FILE [--state FILE]
                     -- COMMAND [ARGUMENT ...]
 
-Whoever follows the command touches the lease file now and then. When the file has not changed for
-`--seconds`, the command's process group gets SIGTERM and, `--grace` seconds later, SIGKILL. So a
-follower that was interrupted, killed or cut off leaves nothing running. Time is counted from the
-moment a change was seen, on the monotonic clock: a clock that is set meanwhile does no harm.
-Without `--lease` the command runs to its own end.
+The role `train` starts it on every worker: as the first process of the container, or, with
+`-e runtime=native`, directly on the worker. COMMAND is then the trainer.
 
-The command's output goes both to stdout and, appended, to the log. SIGTERM and SIGINT are passed
-on, SIGTERM with the same `--grace`. The exit code is the command's own, or 128 + n when signal n
-ended it. With `--state` a JSON file says what an engine would say of a container: `pid` and `began`
-(by which one tells whether it still runs), `started`, `finished`, `exit_code` and `oom_killed`.
+While `train.yml` follows the run, it renews the lease by touching the lease file. If the file has
+not changed for `--seconds`, the command's process group gets SIGTERM and, `--grace` seconds later,
+SIGKILL. So a controller that was interrupted, killed or cut off leaves nothing running on the
+workers. Time is counted on the monotonic clock from the last change seen, so setting the system
+clock does no harm. Without `--lease` the command runs to its own end.
+
+The command's output goes to stdout and is appended to the log. SIGTERM and SIGINT are passed on,
+SIGTERM with the same `--grace`. The exit code is the command's own, or 128 + n if signal n ended
+it. With `--state`, a JSON file holds what a container engine would record: `pid` and `began` (the
+process's start time, which together identify the process), `started`, `finished`, `exit_code` and
+`oom_killed`.
 """
 
 import argparse
@@ -34,7 +38,7 @@ libc = ctypes.CDLL(None)
 
 
 class Lease:
-    """A file that somebody touches for as long as the command is wanted."""
+    """A file that is touched for as long as the command is to run."""
 
     def __init__(self, path: Path, seconds: float):
         self.path = path
@@ -43,7 +47,7 @@ class Lease:
         self._renewed = time.monotonic()
 
     def expired(self) -> bool:
-        """Whether the file has not changed for `seconds`; one that is gone counts as unchanged."""
+        """Whether the file has not changed for `seconds`; a missing file counts as unchanged."""
         modified = self._read()
         if modified is not None and modified != self._modified:
             self._modified = modified
@@ -58,13 +62,13 @@ class Lease:
 
 
 class Output:
-    """Copies bytes to stdout and to the log; one that cannot be written does not stop the other."""
+    """Copies bytes to stdout and to the log; if one cannot be written, the other still is."""
 
     def __init__(self, log: BinaryIO):
         self._sinks = [open(sys.stdout.fileno(), "wb", buffering=0, closefd=False), log]
 
     def write(self, data: bytes) -> None:
-        """Write all of `data` to every sink that still takes it."""
+        """Write all of `data` to every sink that can still be written."""
         for sink in list(self._sinks):
             try:
                 rest = memoryview(data)
@@ -75,15 +79,12 @@ class Output:
                 self.say(f"{sink.name}: {error.strerror}; nothing more is written there")
 
     def say(self, message: str) -> None:
-        """Add a line of the supervisor's own."""
+        """Write a message of the supervisor itself."""
         self.write(f"lease: {message}\n".encode())
 
 
 class State:
-    """What is known of the command, in a file that always has the same size.
-
-    So its end can be written down also where the disk is full.
-    """
+    """The state file. Its size is fixed, so that the end can be recorded even on a full disk."""
 
     SIZE = 512
 
@@ -92,14 +93,14 @@ class State:
         self._kills = self._oom_kills()
         self._content: dict[str, Any] = {
             "pid": os.getpid(),
-            # Ids are used again; this with it is not.
+            # Process ids are reused; together with the start time they are unique.
             "began": int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]),
             "started": self._now(),
         }
         self._write()
 
     def end(self, exit_code: int) -> None:
-        """Add how the command has ended."""
+        """Record how the command has ended."""
         killed = exit_code == 128 + signal.SIGKILL and self._oom_kills() > self._kills
         self._content |= {
             "finished": self._now(),
@@ -116,13 +117,13 @@ class State:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def _oom_kills(self) -> int:
-        """Return how many processes the kernel has killed for want of memory since it started."""
+        """Return how many processes the kernel has killed for lack of memory since boot."""
         counters = Path("/proc/vmstat").read_text().split()
         return int(dict(zip(counters[::2], counters[1::2], strict=True)).get("oom_kill", 0))
 
 
 def supervise(command: list[str], lease: Lease | None, grace: float, output: Output) -> int:
-    """Run `command` to its end, or to the end of the lease if it has one. Returns the exit code."""
+    """Run `command` until it ends or its lease expires; return the exit code."""
     kill_at = None
 
     def end(number: int, _frame: object = None) -> None:
@@ -139,7 +140,7 @@ def supervise(command: list[str], lease: Lease | None, grace: float, output: Out
             os._exit(1)
 
     try:
-        # A session of its own, so that all it starts can be ended together.
+        # A session of its own, so that all its processes can be ended together.
         child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -147,7 +148,7 @@ def supervise(command: list[str], lease: Lease | None, grace: float, output: Out
             stderr=subprocess.STDOUT,
             bufsize=0,
             start_new_session=True,
-            # Where it is no container's first process: nothing else would end what it leaves.
+            # Outside a container nothing else would end the command when the supervisor is killed.
             preexec_fn=die_with_supervisor,
         )
     except OSError as error:
@@ -179,7 +180,7 @@ def supervise(command: list[str], lease: Lease | None, grace: float, output: Out
         if kill_at is not None and time.monotonic() > kill_at:
             _signal_group(child.pid, signal.SIGKILL)
 
-    # What it left running would hold the device, and the pipe.
+    # Processes that the command left running would keep the TPU and the pipe open.
     _signal_group(child.pid, signal.SIGKILL)
     output.write(child.stdout.read() or b"")
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
@@ -193,11 +194,11 @@ def _signal_group(group: int, number: int) -> None:
 def main() -> int:
     """Parse the command line and supervise."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--lease", type=Path, help="file that is touched to renew")
+    parser.add_argument("--lease", type=Path, help="file that is touched to renew the lease")
     parser.add_argument("--seconds", type=float, default=300, help="how long a renewal lasts")
     parser.add_argument("--grace", type=float, required=True, help="from SIGTERM to SIGKILL")
     parser.add_argument("--log", type=Path, required=True, help="output is appended here")
-    parser.add_argument("--state", type=Path, help="what is known of the command, as JSON")
+    parser.add_argument("--state", type=Path, help="file to record the command's state in, as JSON")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
     options = parser.parse_args()
     with options.log.open("ab", buffering=0) as log:

@@ -1,7 +1,8 @@
 """``python -m trainer <flags of the guide's run_clm.py>``: train Mixtral on the devices of a slice.
 
-Exit codes: 0 done (or, with ``--validate``, the input can work), 1 the run failed, 2 bad input, 143
-ended by SIGTERM; a run that saves checkpoints has saved one then, if it was at its steps.
+Exit codes: 0 success (with ``--validate``: the input is valid), 1 the run failed, 2 bad input, 143
+ended by SIGTERM. A run with ``--save_strategy steps`` that SIGTERM ends between its first and its
+last step has saved a checkpoint.
 """
 
 import logging
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
         if arguments.training.validate:
             print("ok")
             return 0
-        # The stack takes seconds to import: only now, when the input was found good.
+        # torch_xla and JAX take seconds to import, so the input is validated first.
         start_client()
         from trainer.run import run
 
@@ -30,19 +31,18 @@ def main(argv: list[str]) -> int:
 
 
 def start_client() -> None:
-    """Set what torch_xla, XLA and JAX read when they are imported, and let XLA's client take the
-    devices, under SPMD.
+    """Set the environment that torch_xla, XLA and JAX read, then start torch_xla's client (SPMD).
 
-    It must do so before JAX can, which would keep a TPU for itself, and before the process runs any
-    backward, or later ones fail.
+    The client must take the devices before JAX does, which would keep a TPU for itself, and before
+    the process runs any backward: a backward before the client exists makes later ones fail.
     """
-    # The trainer calls use_spmd() itself; the variable only makes torch_xla warn.
+    # The trainer calls use_spmd() itself; the variable would only make torch_xla warn.
     os.environ.pop("XLA_USE_SPMD", None)
-    # Without the warnings of libraries that nobody here can act on.
+    # Hide the libraries' warnings, which users of the trainer cannot act on.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
     if os.environ.get("PJRT_DEVICE") == "CPU":
-        # JAX only traces kernels here; it need not look for a TPU.
+        # JAX only traces kernels here and must not look for a TPU.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
         # XLA's CPU client deadlocks in collectives with fewer threads than virtual devices.
         devices = int(os.environ.get("CPU_NUM_DEVICES", "1"))
@@ -52,7 +52,7 @@ def start_client() -> None:
     import torch_xla
     import torch_xla.runtime as xr
 
-    xr.use_spmd()  # before anything touches a device
+    xr.use_spmd()  # must precede the first use of a device
     torch.zeros(1).to(torch_xla.device()).cpu()
 
 

@@ -1,11 +1,11 @@
 """Causal attention for transformers' ``AttentionInterface``: Pallas on TPU, dense elsewhere.
 
-``pallas_splash``  JAX's splash attention: grouped heads share their key, and what a window hides
-                   is not computed.
-``dense``          softmax over all positions, on any device; the reference for the other.
+``pallas_splash``  JAX's splash attention kernel: key and value heads are shared by their group of
+                   query heads, not repeated, and blocks outside the sliding window are skipped.
+``dense``          softmax over all positions, on any device; the reference for the kernel.
 
-Both take ``segment_ids``, the document of every position, where documents must not see each other.
-Neither has a mask function: transformers then builds no mask and reads nothing from the device.
+Both take ``segment_ids``, the document of every position, to keep attention within documents.
+Neither is registered with a mask function, so transformers builds no mask on the host.
 """
 
 import jax
@@ -20,15 +20,16 @@ from transformers.models.mixtral import modeling_mixtral
 
 from trainer.config import head_dim
 
-# A name with "flash" in it makes transformers look for a package to import.
+# With "flash" in its name, transformers would try to import a flash attention package.
 FLASH, DENSE = "pallas", "dense"
-LANES = 128  # of a TPU's registers: splash attention wants heads and sequences to fill them
-BLOCK = 512  # positions of queries and of keys that are in VMEM at a time
+LANES = 128  # width of a TPU register: head width and sequence length must be multiples of it
+BLOCK = 512  # query positions, and key positions, in VMEM at a time
 
 
 def register() -> None:
-    """Make both known to transformers as ``attn_implementation``, and replace its ``rotate_half``,
-    for which it has no registry.
+    """Register both with transformers as ``attn_implementation``; replace its ``rotate_half``.
+
+    transformers has a registry for attention and none for ``rotate_half``.
     """
     modeling_mixtral.rotate_half = rotate_half
     AttentionInterface.register(FLASH, flash)
@@ -36,10 +37,10 @@ def register() -> None:
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Return what transformers' function of this name does: ``[-x2, x1]`` of the halves of x.
+    """Return ``[-x2, x1]`` for the halves ``[x1, x2]`` of x, as transformers' function does.
 
-    In bfloat16 as a product with a matrix of zeros and ones, which is exact: on a TPU the halves of
-    a head are parts of registers, and putting them together anew takes longer than the product.
+    In bfloat16 the result is a product with a matrix of zeros and ones, which is exact: on a TPU
+    the halves of a head lie within registers, and rearranging them takes longer than the product.
     """
     if x.dtype != torch.bfloat16:
         return llama_rotate_half(x)
@@ -50,7 +51,7 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def kernel_of(config: MixtralConfig, length: int) -> str:
-    """Return the kernel that a model of ``config`` runs here on sequences of ``length``."""
+    """Return the kernel that attention runs on this device for sequences of ``length`` tokens."""
     if config._attn_implementation != FLASH or xr.device_type() != "TPU":
         return "dense"
     fits = length % LANES == 0 and head_dim(config.to_dict()) % LANES == 0
@@ -67,22 +68,22 @@ def flash(module, query, key, value, attention_mask, *, scaling: float, segment_
 
 
 def splash(query, key, value, sliding_window: int | None = None, segment_ids=None) -> torch.Tensor:
-    """Causal splash attention; off TPU the kernel is interpreted, slowly.
+    """Causal splash attention. On other devices than TPUs the kernel is interpreted, slowly.
 
     Args:
         query: ``[B, heads, T, D]``, scaled; ``key`` and ``value``: ``[B, kv_heads, T, D]``, same
             dtype; T and D multiples of ``LANES``.
-        sliding_window: how many positions a query sees, itself included; None for all.
-        segment_ids: int32 ``[B, T]``; a query sees positions with its own id only; None for all.
+        sliding_window: how many positions a query attends to, its own included; None for all.
+        segment_ids: int32 ``[B, T]``; a query attends to positions of its own id; None for all.
 
     Returns:
-        ``[B, heads, T, D]`` in the dtype of ``query``, differentiable in all three.
+        ``[B, heads, T, D]`` in the dtype of ``query``, differentiable in query, key and value.
     """
     return _Splash.apply(query, key, value, sliding_window, segment_ids)
 
 
 class _Splash(torch.autograd.Function):
-    """Forward keeps what JAX's backward asks for, so that backward need not run forward again."""
+    """Saves the residuals of JAX's forward, so that backward does not run forward again."""
 
     @staticmethod
     def forward(ctx, query, key, value, window, segment_ids):
@@ -112,7 +113,7 @@ def _splash_backward(gradient, query, key, value, segment_ids, *residuals, windo
     def pull_back(*arguments):
         return jax.vjp(attention, *arguments)[1]
 
-    # Traced again, but only for the form of what forward has kept.
+    # Forward is traced again, but not run, for the tree structure of its residuals.
     form = jax.tree.structure(jax.eval_shape(pull_back, query, key, value))
     return jax.tree.unflatten(form, residuals)(gradient)
 
@@ -151,20 +152,20 @@ def dense(
     segment_ids=None,
     **kwargs,
 ):
-    """Softmax attention of every position over itself and the ones before it.
+    """Causal softmax attention: every position attends to itself and the positions before it.
 
     Args:
         query: ``[B, heads, T, D]``; ``key`` and ``value``: ``[B, kv_heads, T, D]``, same dtype.
         attention_mask: ignored; sequences are packed and causal.
-        sliding_window: how many positions a query sees, itself included; None for all.
-        segment_ids: int32 ``[B, T]``; a query sees positions with its own id only; None for all.
+        sliding_window: how many positions a query attends to, its own included; None for all.
+        segment_ids: int32 ``[B, T]``; a query attends to positions of its own id; None for all.
 
     Returns:
         ``([B, T, heads, D], None)``, in the dtype of ``query``; the softmax is in fp32.
     """
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    # Grouped heads: the queries of a group meet their one key without repeating it.
+    # Grouped-query attention: the query heads of a group share one key head, without copies.
     query = query.reshape(batch, kv_heads, heads // kv_heads, length, width)
     scores = torch.einsum("bhgqd,bhkd->bhgqk", query, key).float() * scaling
     position = torch.arange(length, device=query.device)

@@ -1,10 +1,10 @@
-"""Checkpoints: weights, optimizer state and step, written while training goes on.
+"""Checkpoints: weights, optimizer state and step, written in the background during training.
 
-``checkpoint-<step>`` is the state after so many steps. Each host writes the shards of its own
-devices into it, each under its tensor's name and its place in it, ``lm_head.weight[0:320,16:32]``.
-Put together from these, a tensor can be cut for any other mesh. The header of every file holds the
-step, what a run that resumes must have in common with the one that saved, and a checksum of every
-shard. Where checkpoints are, and when one is complete, is the business of ``storage.py``.
+``checkpoint-<step>`` is the state after that many steps. Each host writes the shards of its own
+devices, under the tensor's name and the shard's index ranges: ``lm_head.weight[0:320,16:32]``. From
+these a tensor can be assembled and sharded over any other mesh. The header of every file holds the
+step, the run's ``identity`` (the settings that a resuming run must share) and a checksum of every
+shard. ``storage.py`` decides where checkpoints are and when one is complete.
 """
 
 import json
@@ -26,16 +26,16 @@ from trainer.sharding import Range, Spec, from_hosts, local_parts, local_places,
 from trainer.storage import Bucket, Directory, at
 
 OTHER = "resume from another checkpoint, or leave --resume_from_checkpoint out to start afresh"
-READS = 16  # of one checkpoint at once
+READS = 16  # concurrent reads of a checkpoint
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written, or removed; the message says which and why."""
+    """A checkpoint could not be written or removed; the message says which one and why."""
 
 
 @contextmanager
 def _naming(failure: str) -> Iterator[None]:
-    """Raise SaveFailed, beginning with these words, for what the storage raises."""
+    """Turn the storage's errors in this context into SaveFailed, prefixed with ``failure``."""
     try:
         yield
     except (OSError, SafetensorError, BadInput) as error:
@@ -43,15 +43,15 @@ def _naming(failure: str) -> Iterator[None]:
 
 
 class Saver:
-    """Saves ``state`` every so many steps, in the background, one checkpoint at a time.
+    """Saves ``state`` in the background, one checkpoint at a time.
 
     Args:
-        place: where the checkpoints go.
-        state: tensors on the mesh by name; they are updated in place from step to step.
-        identity: what must be the same where a run resumes, as JSON can hold it.
-        every: save after so many steps.
-        keep: how many complete checkpoints stay; None: all. One more is there while the newest has
-            not proved, by a finite loss, to be a good one.
+        place: where checkpoints are written.
+        state: tensors on the mesh by name; steps update them in place.
+        identity: the settings that a resuming run must share, as JSON values.
+        every: number of steps between checkpoints; the training loop reads it.
+        keep: number of complete checkpoints to keep; None: all. One more is kept until the newest
+            one has given a finite loss.
     """
 
     def __init__(
@@ -69,34 +69,34 @@ class Saver:
         self._writing: Future[None] | None = None
 
     def save(self, step: int) -> None:
-        """Copy the state after ``step`` steps to the host, and begin to write it.
+        """Copy the state after ``step`` steps to the host, and start writing a checkpoint.
 
-        Waits for the devices and for the checkpoint before. Raises SaveFailed if that one failed.
+        Waits for the devices and for the previous checkpoint; raises SaveFailed if that one failed.
         """
         self._remove_oldest()
         shards = _local_shards(self.state, once=self.place.shared)
         self._writing = self._thread.submit(self._write, step, shards)
 
     def wait(self) -> None:
-        """Wait until what was begun is complete; raises SaveFailed if it could not be written."""
+        """Wait for the checkpoint being written; raises SaveFailed if writing failed."""
         if self._writing:
             self._writing.result()
 
     def discard(self, step: int) -> None:
-        """Remove the checkpoint of ``step``, whose weights gave a loss that is not finite."""
+        """Remove the checkpoint of ``step``: its weights have given a loss that is not finite."""
         self.wait()
         with _naming(f"{self.place / _name(step)} cannot be removed"):
             self.place.remove(_name(step))
 
     def close(self) -> None:
-        """Wait as :meth:`wait` does, and leave no more checkpoints than are to be kept."""
+        """Wait as :meth:`wait` does, then remove checkpoints beyond the number to keep."""
         self._remove_oldest()
         self._thread.shutdown()
 
     def _remove_oldest(self) -> None:
         self.wait()
         if self.keep and xr.process_count() > 1:
-            from_hosts(0).max().item()  # what the other hosts write is complete, too
+            from_hosts(0).max().item()  # a barrier: all hosts have finished writing
         if self.keep and _removes(self.place):
             with _naming(f"the oldest checkpoint in {self.place} cannot be removed"):
                 for step in self.place.checkpoints()[: -self.keep]:
@@ -119,16 +119,16 @@ class Saver:
 
 
 class Checkpoint:
-    """A complete checkpoint, to be read.
+    """A complete checkpoint, for reading.
 
-    Raises BadInput, also from its methods, if something in it is missing, damaged, or of a run with
-    another ``identity`` than this one's.
+    The constructor and all methods raise BadInput for data that is missing or damaged, and for a
+    checkpoint whose ``identity`` is not this run's.
     """
 
     def __init__(self, place: Directory | Bucket, identity: Mapping[str, Any]) -> None:
         self.place = place
         self.step = 0
-        # Of every tensor, which part of it is in which file, under which key, with which checksum
+        # Tensor name → part of the tensor → (file, key in the file, checksum) of its shard
         self._shards: dict[str, dict[Range, tuple[str, str, int]]] = {}
         files = place.files()
         if not files:
@@ -148,10 +148,11 @@ class Checkpoint:
                 self._shards.setdefault(name, {})[part] = (file, key, checksum)
 
     def read(self, name: str, shape: torch.Size, spec: Spec | None = None) -> torch.Tensor:
-        """Return a tensor of ``shape`` on the host, as far as the files here have its shards.
+        """Return a tensor of ``shape`` on the host, assembled from its shards.
 
-        With ``spec``, only what this host's devices need of a tensor that is split so. The rest is
-        undefined and, untouched, takes no memory. See :meth:`check`.
+        With ``spec``, only the parts that this host's devices need are read. Parts that are not
+        read or not in these files are undefined, and take no memory; :meth:`check` finds the
+        latter.
         """
         if name not in self._shards:
             raise BadInput(f"{self.place} has no {name}, which the model has; {OTHER}")
@@ -178,7 +179,7 @@ class Checkpoint:
         return torch.empty(shape) if tensor is None else tensor
 
     def check(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raise BadInput unless the files here have all that this host's devices now hold."""
+        """Raise BadInput unless the files have all parts of ``state`` that this host holds."""
         for name, tensor in state.items():
             for part in local_places(tensor):
                 found = sum(_overlap(part, shard) for shard in self._shards.get(name, ()))
@@ -189,7 +190,7 @@ class Checkpoint:
                     )
 
     def _header(self, file: str) -> dict[str, Any]:
-        """Return the header of one file, after a look at what it holds."""
+        """Return the header of one file, after checking its list of tensors."""
         try:
             with self.place.open(file) as opened:
                 metadata = opened.metadata() or {}
@@ -205,7 +206,7 @@ class Checkpoint:
         return header
 
     def _shard(self, where: tuple[str, str, int]) -> torch.Tensor:
-        """Return one shard, whose checksum is right."""
+        """Return one shard, after checking its checksum."""
         file, key, checksum = where
         try:
             with self.place.open(file) as opened:
@@ -238,10 +239,11 @@ class Checkpoint:
 def find(
     resume_from_checkpoint: str | None, place: Directory | Bucket
 ) -> Directory | Bucket | None:
-    """Return the checkpoint that the flag means, or None if there is none to resume from.
+    """Return the checkpoint that ``--resume_from_checkpoint`` means; None: start afresh.
 
-    ``auto`` and ``must`` are the newest in ``place`` that all hosts have. Raises BadInput where a
-    host misses what the others have, and where there must be one and is none.
+    ``auto`` and ``must`` mean the newest checkpoint in ``place`` that all hosts have. Raises
+    BadInput where some host has no checkpoint in common with the others, and where ``must`` finds
+    none.
     """
     if resume_from_checkpoint not in NEWEST:
         return at(resume_from_checkpoint) if resume_from_checkpoint else None
@@ -262,21 +264,22 @@ def find(
 
 
 def remove_after(place: Directory | Bucket, step: int) -> None:
-    """Remove checkpoints of later steps than ``step``, and what is left of incomplete ones.
+    """Remove checkpoints of later steps than ``step``, and incomplete ones.
 
-    Where all hosts have the same place, the first one does it: nobody has begun to save, because no
-    step is done before it, too, takes part in it.
+    In a place that all hosts share, the first host removes them. No host can be saving yet: the
+    first step needs all hosts, and the first host takes part only after removing.
     """
     if _removes(place):
         for other in place.checkpoints():
-            # In a bucket a run that has resumed nothing found none, so there must be a mistake.
+            # A bucket without a resumed checkpoint had none (Bucket.check): these are not this
+            # run's.
             if other > step and (step or not place.shared):
                 place.remove(_name(other))
         place.remove_incomplete()
 
 
 def _removes(place: Directory | Bucket) -> bool:
-    """Return whether this host is the one that removes checkpoints of all hosts there."""
+    """Return whether this host removes checkpoints in ``place``: of a shared one, the first."""
     return not place.shared or xr.process_index() == 0
 
 
@@ -285,9 +288,9 @@ def _name(step: int) -> str:
 
 
 def _local_shards(state: Mapping[str, torch.Tensor], once: bool) -> dict[str, torch.Tensor]:
-    """Return copies of this host's shards of all tensors, each part once, by name and place.
+    """Return copies of this host's shards of all tensors by key, without duplicates on this host.
 
-    With ``once``, each part once on all hosts together.
+    With ``once``, without duplicates on all hosts together.
     """
     shards = {}
     for name, tensor in state.items():
@@ -309,7 +312,7 @@ def _parse(key: str) -> tuple[str, Range]:
 
 
 def _overlap(a: Range, b: Range) -> int:
-    """Return how many elements two parts of a tensor have in common."""
+    """Return the number of elements that two parts of a tensor have in common."""
     return math.prod(
         max(0, min(a_stop, b_stop) - max(a_start, b_start))
         for (a_start, a_stop), (b_start, b_stop) in zip(a, b, strict=True)

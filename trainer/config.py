@@ -1,7 +1,7 @@
-"""``config.json`` and ``fsdp_config.json``: what may stand in them.
+"""Read and check ``config.json``, the model's, and ``fsdp_config.json``.
 
-Needs nothing but the standard library, because the files are checked on the controller, where there
-is no transformers, before any worker sees them.
+Imports the standard library alone: the controller, which has no transformers, checks both files
+before they are sent to any worker.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from trainer.flags import BadInput, did_you_mean
 
-# The sizes of a Mixtral; where one is missing, transformers would silently take that of the 8x7B.
+# The sizes of a Mixtral. For a missing one transformers would silently take that of Mixtral 8x7B.
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -24,7 +24,7 @@ SIZES = (
     "num_experts_per_tok",
     "max_position_embeddings",
 )
-# Of a configuration, what makes it another model
+# The keys that determine the model's function: a checkpoint fits only where all of them are equal.
 ARCHITECTURE = (
     *SIZES,
     "head_dim",
@@ -35,7 +35,7 @@ ARCHITECTURE = (
     "rope_theta",
     "rope_scaling",
 )
-# What transformers' MixtralConfig knows, as its version 5 spells it and, where that differs, 4.
+# The keys of transformers' MixtralConfig, as version 5 and, where they differ, version 4 name them
 MIXTRAL_KEYS: dict[str, Any] = {
     "model_type": str,
     **dict.fromkeys(SIZES, int),
@@ -76,7 +76,7 @@ FSDP_KEYS: dict[str, Any] = {
     "xla_fsdp_v2": bool,
     "xla_fsdp_grad_ckpt": bool,
 }
-# Where the trainer implements one value only: any other would be ignored, so it is refused.
+# Keys of which the trainer implements one value only; another would be ignored, so it is refused.
 ONLY_VALUES = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -98,21 +98,22 @@ _TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class FsdpConfig:
-    """What fsdp_config.json chooses. Activation checkpointing recomputes layers in backward."""
+    """The content of fsdp_config.json."""
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # backward recomputes each layer
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """Return the Mixtral configuration in ``path``, checked, as it stands there.
+    """Return the Mixtral configuration in ``path``, checked and unchanged.
 
-    Raises BadInput if it is no JSON object, no Mixtral, or has an unknown, missing or wrong value.
+    Raises BadInput if the file is not a JSON object, not a Mixtral's, or has an unknown key, a
+    missing key or a wrong value.
     """
     config = _load_object(path)
     if config.get("model_type") != "mixtral":
         raise BadInput(
-            f"{path}: no Mixtral config: model_type is {_show(config.get('model_type'))}; it must "
-            'be "mixtral". Take the config.json of a model such as mistralai/Mixtral-8x7B-v0.1'
+            f"{path}: not a Mixtral config: model_type is {_show(config.get('model_type'))}; it "
+            'must be "mixtral". Take the config.json of a model such as mistralai/Mixtral-8x7B-v0.1'
         )
     _check_keys(path, config, MIXTRAL_KEYS, SIZES)
     for key in (*SIZES, "head_dim", "sliding_window"):
@@ -133,12 +134,12 @@ def load_config(path: Path) -> dict[str, Any]:
 
 
 def head_dim(config: dict[str, Any]) -> int:
-    """Return the width of one attention head, which a configuration may leave to be derived."""
+    """Return the width of an attention head: ``head_dim``, or hidden size / heads without it."""
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def load_fsdp_config(path: Path) -> FsdpConfig:
-    """Return what the fsdp_config.json in ``path`` chooses; raises BadInput as load_config does."""
+    """Return the options in the fsdp_config.json ``path``; raises BadInput as load_config does."""
     options = _load_object(path)
     _check_keys(path, options, FSDP_KEYS, ("xla", "xla_fsdp_v2"))
     return FsdpConfig(activation_checkpointing=options.get("xla_fsdp_grad_ckpt", False))
@@ -193,7 +194,7 @@ def _check_keys(
 
 
 def _is_one_of(value: Any, types: tuple[type, ...]) -> bool:
-    if isinstance(value, bool):  # which Python, unlike JSON, counts among the integers
+    if isinstance(value, bool):  # in Python, unlike JSON, bool is a subclass of int
         return bool in types
     return isinstance(value, types) or (float in types and isinstance(value, int))
 

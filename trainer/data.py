@@ -1,11 +1,11 @@
 """Texts → tokens → blocks of ``block_size`` → batches.
 
-A text is tokenized once: its tokens stay in the cache as one array, which is mapped into memory, so
-that a host reads only its own rows of every batch. With ``--streaming`` nothing is kept: texts are
-read, shuffled in a buffer and tokenized as the run goes.
+A text is tokenized once. Its tokens are cached as one array, which is mapped into memory, so that a
+host reads only its own rows of every batch. With ``--streaming`` nothing is cached: texts are read,
+shuffled in a buffer and tokenized during the run.
 
-What needs numpy or transformers imports them where it does, because they exist only in the
-trainer's image.
+numpy and transformers are imported inside the functions that need them, because the controller,
+which validates input with this module, does not have transformers.
 """
 
 from __future__ import annotations
@@ -44,40 +44,30 @@ _SHUFFLE_BUFFER = 10_000  # texts, of a stream
 
 
 class Batch(NamedTuple):
-    """Some ``rows`` of a global batch of ``size`` rows.
+    """This host's rows of a global batch."""
 
-    ``tokens`` are int32 [rows, block_size]; ``segments``, like them, count the documents of a row
-    from 0, and are None unless they are asked for. Of an evaluation's batch the first ``counted``
-    global rows count; the others only fill it up.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray | None
-    rows: Sequence[int]
-    size: int
-    counted: int | None = None
+    tokens: np.ndarray  # int32 [rows, block_size]
+    segments: np.ndarray | None  # int32 like tokens: the documents of a row, numbered from 0
+    rows: Sequence[int]  # the numbers of these rows in the global batch
+    size: int  # rows of the global batch
+    counted: int | None = None  # in an evaluation: the first rows, which count; the others pad
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The training text as ``tokens``, int32 [blocks, block_size], and the tokenizer it came from.
+    """A tokenized text, packed into blocks."""
 
-    ``bytes_per_token`` is the UTF-8 length of the text over its number of tokens. ``ends`` are the
-    positions in the joined tokens, int64 ascending, at which a document ends. ``crc32`` is of all
-    tokens. ``validation`` is the text to evaluate on; None without an evaluation.
-    """
-
-    tokens: np.ndarray
-    bytes_per_token: float
+    tokens: np.ndarray  # int32 [blocks, block_size]
+    bytes_per_token: float  # UTF-8 length of the text / number of its tokens
     tokenizer: PreTrainedTokenizerFast
-    ends: np.ndarray | None = None
-    crc32: int = 0
-    validation: Blocks | None = None
+    ends: np.ndarray | None = None  # int64, ascending: where documents end in the joined tokens
+    crc32: int = 0  # of all tokens
+    validation: Blocks | None = None  # the text to evaluate on; None without evaluation
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The training text of ``--streaming``, with a sample's ``bytes_per_token`` and ``crc32``."""
+    """The training text of ``--streaming``; ``bytes_per_token`` and ``crc32`` are of a sample."""
 
     texts: IterableDataset
     column: str
@@ -89,9 +79,10 @@ class Stream:
 
 
 def load_tokenizer(arguments: Arguments, texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that the flags name, or a byte-level BPE of vocab_size trained on texts.
+    """Return the tokenizer of ``--tokenizer_name``, or a byte-level BPE trained on ``texts``.
 
-    Raises BadInput if it cannot be loaded or has more tokens than the model.
+    The BPE has vocab_size tokens. Raises BadInput for a tokenizer that cannot be loaded or has more
+    tokens than the model.
     """
     name, vocab_size = arguments.model.tokenizer_name, arguments.config["vocab_size"]
     if not name:
@@ -113,11 +104,11 @@ def load_tokenizer(arguments: Arguments, texts: Sequence[str]) -> PreTrainedToke
 
 
 def blocks(arguments: Arguments) -> Blocks:
-    """Load, tokenize and pack the training text and that of an evaluation, saying how far it is.
+    """Load, tokenize and pack the training and the validation text; print the progress.
 
-    As in run_clm, all texts are joined and cut into blocks; what does not fill the last is dropped.
-    Tokens that the cache has already are not made again. Raises BadInput, also if a text is shorter
-    than one block or, under drop_last, than one batch.
+    As in run_clm, all texts are joined and cut into blocks; tokens that do not fill the last block
+    are dropped. Tokens come from the cache where it has them. Raises BadInput, also for a text that
+    is shorter than one block or, with ``--dataloader_drop_last``, than one batch.
     """
     _limit_threads(arguments)
     source = arguments.data.train_file or arguments.data.dataset_name
@@ -136,7 +127,7 @@ def blocks(arguments: Arguments) -> Blocks:
 
 
 def stream(arguments: Arguments) -> Stream:
-    """Return what ``--streaming`` reads, after a look at the first texts; raises BadInput."""
+    """Return the stream of ``--streaming``; raises BadInput if its first texts are unusable."""
     import numpy as np
 
     _limit_threads(arguments)
@@ -159,13 +150,13 @@ def _pack(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerFast | None,
 ) -> Blocks:
-    """Return the blocks of ``texts``, from the cache if it has them; None: train a tokenizer."""
+    """Return the blocks of ``texts``; without a ``tokenizer``, one is trained or from the cache."""
     import numpy as np
     from transformers import PreTrainedTokenizerFast
 
     directory = _cached(arguments, texts, tokenizer)
     if directory.is_dir():
-        _say(f"tokens are in {directory}")
+        _print(f"tokens are in {directory}")
         tokenizer = tokenizer or PreTrainedTokenizerFast.from_pretrained(directory)
     else:
         tokenizer = tokenizer or load_tokenizer(arguments, texts)
@@ -174,7 +165,7 @@ def _pack(
     block_size = arguments.data.block_size
     check_fills_block(source, info["tokens"], "tokens", block_size)
     shape = (info["tokens"] // block_size, block_size)
-    _say(
+    _print(
         f"{source}: {len(texts)} texts, {info['tokens']} tokens, {shape[0]} blocks of {block_size}"
     )
     tokens = np.memmap(directory / "tokens", np.int32, "r", shape=shape)
@@ -206,11 +197,11 @@ def batches(
     first_step: int = 0,
     isolate: bool = False,
 ) -> Iterator[Batch]:
-    """Yield ``rows`` of every global batch without end, in an order that (seed, epoch) decides.
+    """Yield ``rows`` of every global batch, endlessly; the order depends on (seed, epoch) alone.
 
-    Nothing else is read. Every batch is full: without ``drop_last``, an epoch's last is completed
-    from its beginning. The first is that of ``first_step``, counted from 0 over all epochs.
-    ``isolate`` adds the segments.
+    Only these rows are read. Every batch is full: without ``drop_last`` the last batch of an epoch
+    is completed from the epoch's beginning. The first batch is that of ``first_step``, counted from
+    0 over all epochs. With ``isolate``, batches have segments.
     """
     import numpy as np
 
@@ -226,9 +217,9 @@ def batches(
 def validation_batches(
     blocks: Blocks, rows: Sequence[int], global_batch: int, isolate: bool = False
 ) -> Iterator[Batch]:
-    """Yield ``rows`` of global batches that have every block once, in order.
+    """Yield ``rows`` of global batches that cover every block once, in order.
 
-    The last batch is completed from the beginning, with rows that do not count.
+    The last batch is padded with rows from the beginning, which do not count.
     """
     import numpy as np
 
@@ -240,7 +231,7 @@ def validation_batches(
 
 
 def _batch(blocks: Blocks, chosen: np.ndarray, rows: Sequence[int], isolate: bool) -> Batch:
-    """Return ``rows`` of the global batch of the ``chosen`` blocks; no others are read."""
+    """Return ``rows`` of the global batch of the ``chosen`` blocks; only these rows are read."""
     import numpy as np
 
     size, chosen = len(chosen), chosen[rows]
@@ -260,20 +251,22 @@ def stream_batches(
     first_step: int = 0,
     isolate: bool = False,
 ) -> Iterator[Batch]:
-    """Yield ``rows`` of every global batch of a stream without end, as :func:`batches` does.
+    """Yield ``rows`` of every global batch of a stream, endlessly, as :func:`batches` does.
 
-    A position in a stream is found again by reading it from its beginning up to ``first_step``.
+    To reach ``first_step`` the stream is read from its beginning.
     """
     import numpy as np
 
-    said = time.monotonic()
+    printed = time.monotonic()
     packed = _stream_blocks(stream)
     for step in itertools.count():
         blocks = [next(packed) for _ in range(global_batch)]
         if step < first_step:
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                _say(f"{step} of {first_step} batches skipped, which are trained on already")
+            if time.monotonic() - printed > 5:
+                printed = time.monotonic()
+                _print(
+                    f"skipped {step} of {first_step} batches, which earlier steps have trained on"
+                )
             continue
         tokens, documents = (np.stack([pair[part] for pair in blocks])[rows] for part in (0, 1))
         segments = documents - documents[:, :1] if isolate else None
@@ -293,7 +286,7 @@ def _stream_blocks(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             first = documents[-1] + 1 if len(documents) else 0
             numbers = np.arange(first, first + len(ids), dtype=np.int32)
             tokens = np.concatenate([tokens, *ids])
-            documents = np.concatenate([documents, np.repeat(numbers, [len(one) for one in ids])])
+            documents = np.concatenate([documents, np.repeat(numbers, [len(each) for each in ids])])
             whole = len(tokens) // stream.block_size * stream.block_size
             pairs = (part[:whole].reshape(-1, stream.block_size) for part in (tokens, documents))
             yield from zip(*pairs, strict=True)
@@ -303,7 +296,7 @@ def _stream_blocks(stream: Stream) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _cached(
     arguments: Arguments, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast | None
 ) -> Path:
-    """Return where the tokens of these texts by this tokenizer are, or are to be."""
+    """Return the cache directory, existing or not, for the tokens of these texts."""
     import tokenizers
     from huggingface_hub import constants
 
@@ -321,10 +314,10 @@ def _cached(
 def _write_tokens(
     directory: Path, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
 ) -> None:
-    """Tokenize ``texts`` into ``directory``, which is there when it is complete."""
+    """Tokenize ``texts`` into ``directory``, which appears only when it is complete."""
     import numpy as np
 
-    said = started = time.monotonic()
+    printed = started = time.monotonic()
     lengths, size, crc32 = [], 0, 0
     hidden = None
     try:
@@ -334,24 +327,24 @@ def _write_tokens(
             for start in range(0, len(texts), _TEXTS_AT_ONCE):
                 chunk = texts[start : start + _TEXTS_AT_ONCE]
                 ids = _tokenize(tokenizer, chunk)
-                lengths += [len(one) for one in ids]
+                lengths += [len(each) for each in ids]
                 size += sum(len(text.encode()) for text in chunk)
                 joined = np.concatenate(ids)
                 crc32 = zlib.crc32(joined, crc32)
                 joined.tofile(file)
                 done = start + len(chunk)
-                if (now := time.monotonic()) - said > 5:
-                    said = now
+                if (now := time.monotonic()) - printed > 5:
+                    printed = now
                     left = (now - started) / done * (len(texts) - done)
-                    _say(f"{100 * done // len(texts)} % of {len(texts)} texts, {left:.0f} s left")
+                    _print(f"{100 * done // len(texts)} % of {len(texts)} texts, {left:.0f} s left")
         np.save(hidden / "ends.npy", np.cumsum(lengths, dtype=np.int64))
         tokenizer.save_pretrained(hidden)
         info = {"tokens": sum(lengths), "bytes": size, "crc32": crc32}
         (hidden / "info.json").write_text(json.dumps(info))
-        hidden.chmod(0o755)  # mkdtemp makes it its owner's alone
+        hidden.chmod(0o755)  # mkdtemp gives access to its owner alone
         hidden.rename(directory)
     except OSError as error:
-        if not directory.is_dir():  # nor has another process made it meanwhile
+        if not directory.is_dir():  # else another process has written it meanwhile
             raise BadInput(
                 f"the tokens cannot be written to {directory}: {error.strerror or error}. Make "
                 "room there, or give another --cache_dir"
@@ -362,10 +355,10 @@ def _write_tokens(
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
-    """Return each text's tokens, int32, as a call of the tokenizer does, in threads of its own."""
+    """Return the tokens of each text, int32, as calling the tokenizer would, but in threads."""
     import numpy as np
 
-    # Of what a call gives besides, nothing is needed, and all of it is made in one thread.
+    # A call would also make masks and offsets, which are not needed, in a single thread.
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -382,7 +375,7 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    _say(f"training a byte-level tokenizer of {vocab_size} tokens on {len(texts)} texts")
+    _print(f"training a byte-level tokenizer of {vocab_size} tokens on {len(texts)} texts")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -408,5 +401,5 @@ def check_fills_block(source: Path | str, length: int, unit: str, block_size: in
         )
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     print(f"data: {message}", flush=True)

@@ -1,14 +1,15 @@
-"""The guide's three ways to compute Mixtral's experts, registered with transformers.
+"""The guide's three modes of computing Mixtral's experts, registered with transformers.
 
-``gmm``        tokens sorted by expert, one grouped product per projection; nothing dropped.
-``gmm_stack``  the same from one weight per expert, stacked at every forward: a debug mode.
-``static``     every expert on every token, unused results weighted with zero: the baseline.
+``gmm``        tokens sorted by expert, one grouped product per projection; no capacity limit, so no
+               token is dropped.
+``gmm_stack``  as ``gmm``, with weights per expert that are stacked in every forward: for debugging.
+``static``     every expert computes every token, unused results weighted with zero: the baseline.
 
 Each has the signature of transformers' experts interface, ``fn(module, hidden, index, weights)``:
 hidden ``[N, H]``, the top-k experts of every token ``[N, k]`` (int64) and their weights ``[N, k]``
 (fp32), result ``[N, H]`` in hidden's dtype. ``module`` is transformers' ``MixtralExperts`` with
-the parameters that :func:`split_projections` gives it. Where the mesh splits ``I`` over its axis
-``tensor``, each device computes with its part of every expert, and the parts' results are summed.
+the parameters of :func:`split_projections`. Where the mesh has a tensor-parallel axis, it splits
+``I``: each device computes with its part of every expert, and an all-reduce sums the results.
 """
 
 import contextlib
@@ -28,17 +29,17 @@ MODES = ("gmm", "gmm_stack", "static")
 
 
 def register() -> None:
-    """Make the three modes known to transformers as ``experts_implementation``."""
+    """Register the three modes with transformers as ``experts_implementation``."""
     for name, function in (("gmm", gmm), ("gmm_stack", gmm_stack), ("static", static)):
-        ALL_EXPERTS_FUNCTIONS.register(name, _split(function))
+        ALL_EXPERTS_FUNCTIONS.register(name, _tensor_parallel(function))
 
 
 def split_projections(module: MixtralExperts) -> None:
     """Give transformers' experts ``gate_proj``, ``up_proj`` and ``down_proj``, each ``[E, H, I]``.
 
-    transformers has the first two as one, ``gate_up_proj [E, 2I, H]``. Split on H, which is not the
-    last dimension, a weight is gathered into the layout that the kernels want; split on the last
-    one, every device would have to copy all of it once more.
+    transformers has gate and up as one parameter, ``gate_up_proj [E, 2I, H]``. FSDP splits a weight
+    along H. While H is not the last dimension, the all-gather writes the layout that the kernels
+    need; along the last one, every device would copy the whole weight once more.
     """
     gate_EIH, up_EIH = module.gate_up_proj.data.chunk(2, dim=1)
     projections = {"gate_proj": gate_EIH.mT, "up_proj": up_EIH.mT, "down_proj": module.down_proj}
@@ -47,8 +48,8 @@ def split_projections(module: MixtralExperts) -> None:
         setattr(module, name, torch.nn.Parameter(weight.data.contiguous()))
 
 
-def _split(function):
-    """Return ``function`` as it computes on experts of which the device holds a part."""
+def _tensor_parallel(function):
+    """Return ``function`` for experts whose width ``I`` is split over the tensor-parallel axis."""
 
     @functools.wraps(function)
     def run(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
@@ -60,16 +61,16 @@ def _split(function):
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the routers sent a batch, over all of its tokens and all layers; fp32 on the device."""
+    """How the routers distributed a batch, as means over its tokens and all layers; fp32."""
 
-    load: torch.Tensor  # [E], each expert's share of the tokens' choices; sums to 1
-    entropy: torch.Tensor  # of a token's probabilities of the experts, in nats, at most ln E
-    aux_loss: torch.Tensor  # the load balancing loss, differentiable; k where all load is equal
+    load: torch.Tensor  # [E], the share of the tokens' choices that fell on each expert; sums to 1
+    entropy: torch.Tensor  # scalar: of a token's expert probabilities, in nats, at most ln E
+    aux_loss: torch.Tensor  # scalar: load balancing loss, differentiable; top_k at equal load
 
 
 @contextlib.contextmanager
 def capture_routing(router: torch.nn.Module) -> Iterator[list]:
-    """Collect what ``router``, transformers' ``MixtralTopKRouter``, returns in this context."""
+    """Collect the outputs of ``router``, transformers' ``MixtralTopKRouter``, in this context."""
     outputs: list = []
     hook = router.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -79,9 +80,9 @@ def capture_routing(router: torch.nn.Module) -> Iterator[list]:
 
 
 def routing_means(logits_NE: torch.Tensor, index_NK: torch.Tensor) -> torch.Tensor:
-    """Return what :class:`Routing` is made of, as means over tokens, fp32 ``[2E + 1]``.
+    """Return the means over tokens that :func:`routing` needs, fp32 ``[2E + 1]``.
 
-    Each expert's share of the tokens' choices, its mean probability, and the mean entropy.
+    They are each expert's share of the choices, each expert's probability, and the entropy.
     """
     log_NE = F.log_softmax(logits_NE.float(), dim=-1)
     probability_NE = log_NE.exp()
@@ -91,10 +92,11 @@ def routing_means(logits_NE: torch.Tensor, index_NK: torch.Tensor) -> torch.Tens
 
 
 def routing(means: torch.Tensor, experts: int, top_k: int) -> Routing:
-    """Return the routing of equally many tokens each from :func:`routing_means`, ``[…, 2E + 1]``.
+    """Return the routing from ``[…, 2E + 1]``, :func:`routing_means` of equally many tokens each.
 
     The auxiliary loss is E · Σ_e f_e · P_e (Fedus et al. 2021, equations 4 to 6) as in
-    transformers: f_e is how often a token chose e, and means are over the tokens of all layers.
+    transformers: f_e is the mean number of times that a token chose e, P_e the mean probability of
+    e, both over the tokens of all layers.
     """
     means = means.flatten(0, -2).mean(0)
     load_E, probability_E, entropy = means.split([experts, experts, 1])
@@ -109,21 +111,21 @@ def kernel_of(mode: str) -> str:
 
 
 def gmm(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
-    """Grouped products over the tokens sorted by expert. See the module's docstring."""
+    """Compute each token's experts by grouped products over the tokens sorted by expert."""
     projections = module.gate_proj, module.up_proj, module.down_proj
     return _grouped(module, projections, hidden_NH, index_NK, weights_NK)
 
 
 def gmm_stack(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
-    """As :func:`gmm`, from separate weights of each expert, stacked anew."""
+    """Compute as :func:`gmm`, from the weights of single experts, which are stacked again."""
     projections = module.gate_proj, module.up_proj, module.down_proj
     stacked = [torch.stack(weight.unbind()) for weight in projections]
     return _grouped(module, stacked, hidden_NH, index_NK, weights_NK)
 
 
 def static(module, hidden_NH: torch.Tensor, index_NK: torch.Tensor, weights_NK: torch.Tensor):
-    """Every expert on every token: E/k times the work of :func:`gmm`."""
-    # [N, E]: a token's weight for every expert, zero where it was not routed.
+    """Compute every expert for every token: E/k times the work of :func:`gmm`."""
+    # [N, E]: a token's weight for every expert, zero for those that the router did not choose
     one_hot_NKE = F.one_hot(index_NK, module.num_experts).to(weights_NK.dtype)
     weights_NE = (weights_NK.unsqueeze(-1) * one_hot_NKE).sum(1).to(hidden_NH.dtype)
     out_NH = torch.zeros_like(hidden_NH)
@@ -139,26 +141,27 @@ def _grouped(module, projections, hidden_NH, index_NK, weights_NK):
     tokens, k = index_NK.shape
     experts_M = index_NK.reshape(-1)  # M = N·k rows, one for each token and chosen expert
     order_M = torch.argsort(experts_M, stable=True)
-    place_M = torch.argsort(order_M)  # where each of them is, sorted by expert
+    place_M = torch.argsort(order_M)  # the position of every row after sorting by expert
     sizes_E = F.one_hot(experts_M, module.num_experts).sum(0).to(torch.int32)
 
     routes = order_M // k, place_M.reshape(tokens, k)
-    # Twice, which is one gather: backward then sums both products' gradients while gathering them.
+    # Two uses, one gather after compilation: backward sums the gradients of both while gathering.
     rows_MH, same_MH = _Dispatch.apply(hidden_NH, *routes), _Dispatch.apply(hidden_NH, *routes)
     weights_M = _Dispatch.apply(weights_NK.reshape(-1), order_M, place_M.unsqueeze(1))
     gate_MI = grouped_matmul(rows_MH, gate_EHI, sizes_E)
     up_MI = grouped_matmul(same_MH, up_EHI, sizes_E)
-    # Weighted before the last product, which is linear: no gradient needs its result, so a
-    # recomputing backward does not compute it again.
+    # The routing weights come before the last product, which is linear. No gradient needs that
+    # product's result then, so a backward that recomputes the layer leaves the product out.
     inner_MI = module.act_fn(gate_MI) * up_MI * weights_M.to(up_MI.dtype).unsqueeze(1)
     rows_MH = grouped_matmul(inner_MI, down_EHI, sizes_E, transpose_rhs=True)
     return _Collect.apply(rows_MH, *routes)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows for the experts: ``out[m] = x[source[m]]``; ``places [N, k]`` is where x[n] has gone.
+    """Gathers the experts' rows: ``out[m] = x[source[m]]``.
 
-    With it the gradient is a sum of gathers too, where autograd would scatter and add.
+    ``places [N, k]`` are the rows of ``out`` that hold x[n]. With them backward is a sum of
+    gathers; autograd's own backward of a gather is a scatter with addition.
     """
 
     @staticmethod
@@ -173,7 +176,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """What :class:`_Dispatch` has sent out, summed where it came from: its transpose."""
+    """Sums the k rows of each token, ``out[n] = Σ rows[places[n]]``: transpose of _Dispatch."""
 
     @staticmethod
     def forward(ctx, rows, source_M, places_NK):

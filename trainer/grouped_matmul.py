@@ -1,9 +1,10 @@
-"""Grouped matrix products, the two kernels under every expert mode but ``static``.
+"""Grouped matrix products, which the expert modes ``gmm`` and ``gmm_stack`` are made of.
 
-Rows are sorted by group; ``group_sizes`` says how many belong to each. Two kernels, two back ends:
+Rows are sorted by group, and ``group_sizes`` holds the number of rows of each. There are two back
+ends:
 
-* ``pallas_megablox``: JAX's Megablox Pallas kernels, on TPU.
-* ``grouped_loop``: the same products as XLA loops whose work grows with the rows, anywhere else.
+* ``pallas_megablox``: JAX's Megablox Pallas kernels, on TPU
+* ``grouped_loop``: the same products as XLA loops whose work grows with the rows, on other devices
 """
 
 import jax
@@ -16,19 +17,19 @@ import torch_xla.runtime as xr
 
 from trainer import tpu
 
-# Rows of one dot in the loop: large enough to amortise the loop, small enough that the last, partly
-# filled block of an expert costs little.
+# Rows of one product in grouped_loop: large enough to amortise the loop, small enough that the last
+# block of an expert, which is partly empty, costs little.
 BLOCK_ROWS = 128
-# Megablox' largest tiles (rows, k, n). torch_xla's own choice overflows a chip's VMEM at Mixtral's
-# sizes. A v6e has more of it, and needs it: for each byte of HBM it multiplies more than twice as
-# much as the others, and larger tiles are read less often.
+# The largest Megablox tiles (rows, k, n). torch_xla's own choice overflows a chip's VMEM at
+# Mixtral's sizes. A v6e has more FLOPs per byte of HBM bandwidth than the other chips, more than
+# twice as many, and more VMEM: larger tiles read the weights from HBM less often.
 TILES = (512, 1024, 1024)
 TILES_OF_V6E = (1024, 512, 2048)
-LANES = 128  # of a TPU's registers: tiles are multiples of it
+LANES = 128  # width of a TPU register: tiles are multiples of it
 
 
 def kernel() -> str:
-    """Return the name of the back end that grouped products run on here."""
+    """Return the name of the back end that grouped products run on, on this device."""
     return "pallas_megablox" if xr.device_type() == "TPU" else "grouped_loop"
 
 
@@ -86,10 +87,11 @@ def _tgmm(lhs, rhs, sizes):
 
 
 def tiling(rows: int, k: int, n: int) -> tuple[int, int, int]:
-    """Return Megablox' tiles for a product of ``rows`` by ``k`` with groups of ``k`` by ``n``.
+    """Return Megablox' tile sizes for a product of ``[rows, k]`` with groups of ``[k, n]``.
 
-    Rows must be padded to a multiple of the first. Where the others do not divide ``k`` and ``n``,
-    the kernel masks what the last tile has too much; the tile is the one that has least.
+    The rows must be padded to a multiple of the first. Where a tile does not divide ``k`` or ``n``,
+    the kernel masks the rest of the last tile; of the allowed tiles this takes the one with the
+    smallest rest.
     """
 
     chip = tpu.current_chip()
@@ -123,13 +125,13 @@ def _for_each_block(sizes: jax.Array, group: jax.Array, body, init):
 
 def _loop_gmm(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array, *, transpose: bool) -> jax.Array:
     rows, width = lhs.shape[0], rhs.shape[1 if transpose else 2]
-    # A block may reach past its group, even past the last row: the next group overwrites what the
-    # previous one spilled, and one spare block behind the end takes the last spill.
+    # A group's last block may reach into the next group, which overwrites those rows afterwards.
+    # The last group's may reach past the last row, into a spare block that is cut off at the end.
     lhs = jnp.pad(lhs, ((0, BLOCK_ROWS), (0, 0)))
 
     def group(index, out):
-        # XLA's CPU dots want fp32 and no transposition; the barrier keeps the making of such a
-        # weight out of the loop over blocks.
+        # XLA's products on CPU are fast only in fp32 and untransposed. The barrier keeps the
+        # conversion of the weight out of the loop over blocks.
         weight = rhs[index].astype(jnp.float32)
         weight = jax.lax.optimization_barrier(weight.T if transpose else weight)
 

@@ -1,6 +1,7 @@
-"""What comes from the Hugging Face hub: its present name, and what to do where it does not come.
+"""Names on the Hugging Face hub, and errors of loading from there in words on what to do.
 
-huggingface_hub, datasets and transformers exist only in the trainer's image.
+huggingface_hub, datasets and transformers are imported inside the functions, because they exist
+only where the trainer runs, not on the controller.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def full_name(dataset: str) -> str:
-    """Return what a dataset is called on the hub: wikitext has become Salesforce/wikitext.
+    """Return a dataset's full name on the hub, such as Salesforce/wikitext for wikitext.
 
-    The hub leads from the old name to the new one, but datasets goes only half of that way.
+    The hub redirects from old names, but the library datasets does not follow everywhere.
     """
     if "/" in dataset or Path(dataset).is_dir():
         return dataset
@@ -27,7 +28,7 @@ def full_name(dataset: str) -> str:
     from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
-    # As HfApi.dataset_info, except that it asks again where the hub is busy.
+    # As HfApi.dataset_info, but with retries while the hub is busy.
     response = http_backoff(
         "GET",
         f"{constants.ENDPOINT}/api/datasets/{dataset}",
@@ -40,37 +41,38 @@ def full_name(dataset: str) -> str:
 
 @contextmanager
 def loading(kind: str, name: str, check: str, otherwise: str) -> Iterator[None]:
-    """Raise BadInput for what the libraries raise when they cannot load, in words on what to do.
+    """Turn the errors of loading ``kind`` ``name`` in this context into BadInput with a remedy.
 
-    ``check`` says what to check where it is not the hub's doing, ``otherwise`` how to do without.
-    A hub that is busy or broke off has been asked several times by then.
+    The message contains ``check``, what to check, where the hub is not the cause, and
+    ``otherwise``, how to do without the hub. The libraries have already retried a hub that is busy
+    or unreachable.
     """
     import httpx2
     from datasets.exceptions import DatasetGenerationError, DatasetsError
     from huggingface_hub import constants
 
-    # Of huggingface_hub and of the storage's own client
+    # Network errors of huggingface_hub, and of the client of its storage
     unreached = (httpx2.TransportError, ConnectionError, TimeoutError)
     try:
         yield
     except (OSError, ValueError, RuntimeError, httpx2.HTTPError, DatasetsError) as error:
         if refusal := _refusal(name, error):
             reason = _meaning(kind, name, refusal)
-        elif lost := [it for it in _causes(error) if isinstance(it, unreached)]:
+        elif lost := [cause for cause in _causes(error) if isinstance(cause, unreached)]:
             reason = (
-                f"{constants.ENDPOINT} was not reached, or it broke off ({lost[0]}). See that this "
-                "machine reaches it, also through its proxy and with its certificates, and start "
-                "again"
+                f"{constants.ENDPOINT} was not reached, or it broke off ({lost[0]}). Check this "
+                "machine's network, proxy and certificates, and start again"
             )
         else:
-            # Generating says nothing by itself. In one line, which is the last of a log
+            # DatasetGenerationError itself says nothing; its cause does. The message is one line,
+            # so that it is the last line of the log.
             why = error.__cause__ if isinstance(error, DatasetGenerationError) else error
             reason = f"{check}: {' '.join(str(why).split())}"
         raise BadInput(f"{kind} {name!r} cannot be loaded; {reason} ({otherwise})") from error
 
 
 def _refusal(name: str, error: Exception) -> HfHubHTTPError | None:
-    """Return the hub's answer behind an error, None where there is none."""
+    """Return the HTTP error of the hub that caused ``error``; None if there is none."""
     import httpx2
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub import HfApi
@@ -80,7 +82,7 @@ def _refusal(name: str, error: Exception) -> HfHubHTTPError | None:
         if isinstance(cause, HfHubHTTPError):
             return cause
     if isinstance(error, DatasetNotFoundError):
-        # It does not know any more which answer it comes from.
+        # The error has lost the hub's answer: ask again.
         try:
             HfApi().auth_check(name, repo_type="dataset")
         except HfHubHTTPError as refusal:
@@ -91,7 +93,7 @@ def _refusal(name: str, error: Exception) -> HfHubHTTPError | None:
 
 
 def _meaning(kind: str, name: str, refusal: HfHubHTTPError) -> str:
-    """Say what the hub's answer means, and what to do about it."""
+    """Return what the HTTP error of the hub means, and what to do about it."""
     from huggingface_hub import constants, get_token
 
     hub, status = constants.ENDPOINT, refusal.response.status_code
@@ -101,13 +103,13 @@ def _meaning(kind: str, name: str, refusal: HfHubHTTPError) -> str:
         return f"{hub} does not take the token (401), which is wrong or has expired. Get {tokens}"
     if status == 401:
         return (
-            f"{hub} does not show it to just anybody (401), and this worker is not logged in. "
-            f"Check the name, get access at {page} and {tokens}"
+            f"{hub} requires a login (401), and this worker is not logged in. Check the name, get "
+            f"access at {page} and {tokens}"
         )
     if status == 403:
         return (
-            f"{hub} does not show it to the owner of the token (403). Ask for access at {page}; a "
-            "fine-grained token must also be allowed to read gated repositories"
+            f"{hub} denies access to the owner of the token (403). Ask for access at {page}; a "
+            "fine-grained token also needs the permission to read gated repositories"
         )
     if status == 404:
         return f"{hub} has none of that name, or it is private (404). Check the name"
@@ -115,13 +117,13 @@ def _meaning(kind: str, name: str, refusal: HfHubHTTPError) -> str:
         seconds = refusal.response.headers.get("Retry-After")
         return (
             f"{hub} was asked too often (429). Wait {f'{seconds} s' if seconds else 'a while'} and "
-            "start again; who is logged in may ask more often"
+            "start again; with a login its limit is higher"
         )
     return f"{hub} answers {status}. Look at {page}, and start again"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it was raised from, and so on."""
+    """Yield an error, then its cause, the cause of that, and so on."""
     while error:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""One training step, and the loop around it."""
+"""The training loop: runs the steps, writes their metrics, evaluates and saves."""
 
 import math
 import signal
@@ -14,29 +14,32 @@ import torch_xla
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.debug.profiler as xp
 import torch_xla.runtime as xr
-from transformers import MixtralForCausalLM
 
 from trainer.checkpoint import SaveFailed, Saver
 from trainer.data import Batch
 from trainer.metrics import MetricsWriter
-from trainer.model import IGNORED, causal_lm_loss, targets, training_loss
-from trainer.optimizer import Adafactor, clip_gradients
+from trainer.model import IGNORED, targets
+from trainer.optimizer import Adafactor
 from trainer.profiling import Profiler
-from trainer.sharding import BATCH_SHARDING, from_hosts, from_rows, shard
+from trainer.sharding import from_hosts, from_rows
+from trainer.step import TrainStep
 
 
 class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message says at which step and why."""
+    """Training cannot continue; the message says at which step and why."""
 
 
 class Stopped(Exception):
-    """The run was asked to end, and has saved a checkpoint; the message says which."""
+    """SIGTERM ended the run after a checkpoint was saved; the message names its step."""
 
 
 @dataclass
 class Compilations:
-    """What the loop compiled: how many programs, how many of them came from the persistent cache,
-    for how long, and during which step the last time."""
+    """The programs compiled since the loop began.
+
+    ``count`` programs, of which ``cached`` were loaded from the persistent cache, took ``seconds``
+    in all; ``last_step`` is the latest step (0-based) that compiled one, None before any.
+    """
 
     count: int = 0
     cached: int = 0
@@ -47,7 +50,7 @@ class Compilations:
         self._before = self._totals()
 
     def update(self, step: int) -> bool:
-        """Count what was compiled since the loop began; return whether this step added to it."""
+        """Read the counters after ``step``; return whether that step compiled anything."""
         count, cached, seconds = (
             now - before for now, before in zip(self._totals(), self._before, strict=True)
         )
@@ -57,7 +60,7 @@ class Compilations:
         return grew
 
     def leave_out(self) -> None:
-        """Never count what was compiled since the last update."""
+        """Leave out of the count what was compiled since the last update, outside the steps."""
         counted = (self.count, self.cached, self.seconds)
         self._before = tuple(
             now - before for now, before in zip(self._totals(), counted, strict=True)
@@ -70,69 +73,33 @@ class Compilations:
         return count + cached, cached, nanoseconds / 1e9
 
 
-def train_step(
-    model: MixtralForCausalLM,
-    optimizer: Adafactor,
-    tokens_BT: torch.Tensor,
-    learning_rate: torch.Tensor,
-    decay: torch.Tensor,
-    segments_BT: torch.Tensor | None = None,
-    *,
-    accumulation: int = 1,
-    max_grad_norm: float,
-    recompute: bool,
-) -> torch.Tensor:
-    """Trace forward, backward and update of one global batch; return what was measured.
-
-    That is fp32 ``[3 + E]``: the loss, the auxiliary loss, the routers' entropy and, of each
-    expert, the load, as ``experts.Routing`` has them.
-
-    Nothing runs until the graph is dispatched. Every argument that changes from step to step is a
-    tensor on the device, so every step is the same program. With ``accumulation`` above 1 the batch
-    is computed in so many parts, one after the other; loss and gradient are their means.
-    """
-    inputs = [tokens_BT] if segments_BT is None else [tokens_BT, segments_BT]
-    # Every device keeps its own rows: the parts are taken from between them.
-    parts = [x.unflatten(0, (-1, accumulation)).unbind(1) for x in inputs]
-    measured = []
-    for part in zip(*parts, strict=True):
-        part = [shard(x * 1, BATCH_SHARDING) for x in part]
-        cross_entropy, routing = causal_lm_loss(model, *part, recompute=recompute)
-        loss = training_loss(model.config, cross_entropy, routing)
-        (loss / accumulation).backward()
-        scalars = torch.stack([loss, routing.aux_loss, routing.entropy])
-        measured.append(torch.cat([scalars, routing.load]).detach())
-    if max_grad_norm:
-        clip_gradients(optimizer.parameters, max_grad_norm)
-    optimizer.step(learning_rate, decay)
-    return torch.stack(measured).mean(0)
-
-
 @torch.no_grad()
-def evaluate(model: MixtralForCausalLM, batches: Iterable[Batch], *, recompute: bool) -> float:
-    """Return the mean cross-entropy of all predicted tokens that count, in nats.
+def evaluate(train_step: TrainStep, batches: Iterable[Batch]) -> float:
+    """Return the mean cross-entropy, in nats, of all predicted tokens in the rows that count.
 
-    Raises TrainingFailed if it is not finite.
+    Raises TrainingFailed if the mean is not finite.
     """
     sums = []
     for batch in batches:
         tokens, segments = _on_mesh(batch)
         counted = np.less(batch.rows, batch.counted)[:, None]
         inputs = tokens, segments, from_rows(counted, batch.rows, batch.size)
-        cross_entropy, _ = causal_lm_loss(model, *inputs, recompute=recompute)
+        cross_entropy, _ = train_step.forward(*inputs)
         count = (targets(*inputs) != IGNORED).sum()
         sums.append(torch.stack([cross_entropy * count, count.float()]))
         torch_xla.sync()
     losses, counts = zip(*(pair.tolist() for pair in sums), strict=True)
     mean = math.fsum(losses) / math.fsum(counts)
     if not math.isfinite(mean):
-        raise TrainingFailed(f"the loss of the validation text is {mean}: training diverged")
+        raise TrainingFailed(
+            f"the loss of the validation text is {mean}: training diverged; lower --learning_rate, "
+            "lengthen --warmup_steps, or clip with --max_grad_norm"
+        )
     return mean
 
 
 def train(
-    model: MixtralForCausalLM,
-    optimizer: Adafactor,
+    train_step: TrainStep,
     batches: Iterator[Batch],
     metrics: MetricsWriter,
     profiler: Profiler,
@@ -141,26 +108,25 @@ def train(
     first_step: int,
     max_steps: int,
     learning_rate: Callable[[int], float],
-    accumulation: int,
-    max_grad_norm: float,
-    recompute: bool,
     log_every: int,
     on_compile: Callable[[Compilations], None],
     evaluate_every: int | None,
     on_evaluate: Callable[[int], None],
 ) -> None:
-    """Run the steps from ``first_step`` up to ``max_steps`` and write one line of metrics for each.
+    """Run the steps ``first_step`` to ``max_steps - 1`` and write a line of metrics for each.
 
-    On a TPU the host runs one step ahead: the loss of a step is read after the next one is
-    dispatched. A step's time is the time between its loss and the one before it.
+    On a TPU the host runs one step ahead: it reads a step's loss after dispatching the next step. A
+    step's time runs from the arrival of the previous step's loss to the arrival of its own.
 
     Args:
-        batches: of ``accumulation`` times the global batch, one for each step.
-        saver: saves a checkpoint every so many steps and at the end; None: there are none.
-        log_every: print a line every so many steps; 0 for none.
-        on_compile: called whenever a step turns out to have compiled something.
-        on_evaluate: called with the number of steps done, after every ``evaluate_every`` of them
-            but the last.
+        batches: one for each step, all its microbatches together.
+        saver: saves a checkpoint every ``saver.every`` steps and after the last one; None: no
+            checkpoints.
+        learning_rate: returns the learning rate of a step, 0-based.
+        log_every: print a line every so many steps; 0: print none.
+        on_compile: called after a step that compiled a program.
+        evaluate_every: call ``on_evaluate``, with the number of finished steps, whenever so many
+            more steps are finished, except after the last step; None: never.
 
     Raises TrainingFailed when the loss is no longer finite, SaveFailed when a checkpoint cannot be
     written, and, only with a saver, Stopped after SIGTERM.
@@ -171,7 +137,8 @@ def train(
     torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
     compilations = Compilations()
     last = time.monotonic()
-    terminated = stop = False  # what this host was asked for, and what all of them know of
+    terminated = False  # this host has received SIGTERM
+    stop = False  # some host has, as all hosts know since the last step
 
     def terminate(signal_number: int, frame: FrameType | None) -> None:
         nonlocal terminated
@@ -199,7 +166,7 @@ def train(
                 flush=True,
             )
         if not math.isfinite(value):
-            said = (
+            message = (
                 f"the loss of step {step} is {value}: training diverged; lower --learning_rate, "
                 "lengthen --warmup_steps, or clip with --max_grad_norm"
             )
@@ -207,8 +174,8 @@ def train(
                 try:
                     saver.discard(step)
                 except SaveFailed as error:
-                    said += f". And {error}"
-            raise TrainingFailed(said)
+                    message += f". And {error}"
+            raise TrainingFailed(message)
 
     in_flight: deque[tuple[int, torch.Tensor, int]] = deque()
 
@@ -216,10 +183,10 @@ def train(
         while len(in_flight) > ahead:
             finish(*in_flight.popleft())
 
-    # XLA's CPU client runs a program while it is dispatched: there is nothing to run ahead of, and
-    # a step's time would appear on the line of the step before it.
+    # XLA's CPU client runs a program while dispatching it: running ahead would gain nothing, and
+    # would write each step's time on the line of the step before.
     ahead = 0 if xr.device_type() == "CPU" else 1
-    # Only here: before, there is nothing to save, and the signal may end the process as it does.
+    # Before the first step there is nothing to save, and SIGTERM ends the process at once.
     handler = signal.signal(signal.SIGTERM, terminate) if saver else None
     try:
         for step in range(first_step, max_steps):
@@ -228,18 +195,8 @@ def train(
                     tokens, segments = _on_mesh(next(batches))
                     rates = torch.tensor([learning_rate(step), Adafactor.decay(step)])
                     rates = rates.to(torch_xla.device())
-                measured = train_step(
-                    model,
-                    optimizer,
-                    tokens,
-                    rates[0],
-                    rates[1],
-                    segments,
-                    accumulation=accumulation,
-                    max_grad_norm=max_grad_norm,
-                    recompute=recompute,
-                )
-                # Read with the loss, so that all hosts stop after the same step.
+                measured = train_step(tokens, segments, rates[0], rates[1])
+                # In one tensor with the loss, so that all hosts stop after the same step.
                 result = torch.cat([from_hosts(terminated).max().unsqueeze(0), measured])
             if compilations.update(step):
                 on_compile(compilations)
@@ -247,8 +204,8 @@ def train(
             drain(ahead)
             profiler.step_dispatched(step)
             done = step + 1
-            # First, so that weights whose loss is not finite are not saved, and that what a run
-            # resumes from was evaluated.
+            # Evaluation comes before saving: weights whose loss is not finite are not saved, and
+            # every checkpoint at such a step has been evaluated.
             if evaluate_every and done % evaluate_every == 0 and done < max_steps and not stop:
                 drain()
                 on_evaluate(done)
@@ -257,9 +214,10 @@ def train(
             if saver and (stop or done % saver.every == 0 or done == max_steps):
                 drain()
                 saver.save(done)
-                compilations.leave_out()  # what the hosts tell each other by
+                compilations.leave_out()  # the programs by which the hosts agree on a checkpoint
                 if stop and done < max_steps:
-                    saver.wait()  # and keep the one before: this one's loss nobody has seen
+                    # The previous checkpoint stays: the loss of the new one is not known yet.
+                    saver.wait()
                     raise Stopped(f"asked to end by SIGTERM; step {done} is saved")
         drain()
         if saver:
@@ -271,7 +229,7 @@ def train(
 
 
 def _on_mesh(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a global batch's tokens, int64, and its segments, int32, split over the devices."""
+    """Return a global batch's tokens, int64, and segments, int32 or None, split on the batch."""
     segments = batch.segments
     if segments is not None:
         segments = from_rows(segments, batch.rows, batch.size)

@@ -1,6 +1,6 @@
-"""What a run is measured by: parameters, FLOPs, and one line of metrics.jsonl for each step.
+"""Parameter counts and FLOPs of a model, and the writer of metrics.jsonl.
 
-The formulas need no weights and no torch; they read the configuration.
+The formulas read config.json and need neither weights nor torch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from trainer.config import head_dim
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Fewer steps than this say nothing about the time of one.
+# A median step time of fewer steps than this is not reported.
 LEAST_STEPS = 3
 
 
 def parameter_counts(config: dict[str, Any]) -> tuple[int, int]:
-    """Return ``(total, active)`` parameters: all, and those that one token goes through."""
+    """Return ``(total, active)`` parameters: all, and those that one token is multiplied with."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     vocabularies = 1 if config.get("tie_word_embeddings") else 2  # the embedding and the head
     norms = (2 * layers + 1) * hidden
@@ -37,11 +37,12 @@ def parameter_counts(config: dict[str, Any]) -> tuple[int, int]:
 def flops_per_token(config: dict[str, Any], block_size: int) -> float:
     """Return the model FLOPs of training on one token in a block of ``block_size``.
 
-    ``6 N + 12 L H T``: six for each weight of the matrices that a token is multiplied with (two
-    forward, four backward; only the chosen experts, and not the embedding, a look-up), and the
-    scores of ``L`` layers' attention of width ``H`` over ``T`` tokens, not halved for causality.
-    This is the convention of PaLM (Chowdhery et al. 2022, appendix B) and MaxText; recomputation
-    does not count. Mixtral 8x7B at 4096 takes 82.93 GFLOP.
+    ``6 N + 12 L H T``. N counts the weights of the matrices that a token is multiplied with: the
+    experts chosen for it, and not the embedding, which is a look-up; each takes two FLOPs in
+    forward and four in backward. The other term is attention: ``L`` layers whose heads have the
+    total width ``H``, over ``T`` tokens, not halved for causality. This is the convention of PaLM
+    (Chowdhery et al. 2022, appendix B) and MaxText; recomputation does not count. Mixtral 8x7B at
+    block size 4096 takes 82.93 GFLOP per token.
     """
     layers = config["num_hidden_layers"]
     experts = config["num_experts_per_tok"] * _expert(config)
@@ -51,10 +52,10 @@ def flops_per_token(config: dict[str, Any], block_size: int) -> float:
 
 
 class MetricsWriter:
-    """Writes metrics.jsonl, one object a line, each on disk before the next step begins.
+    """Writes metrics.jsonl, one JSON object a line; a line is in the file when ``write`` returns.
 
-    Of a file that is at ``path``, the lines of the steps before ``kept_steps`` stay. The same
-    numbers go to ``board`` as scalars, if there is one.
+    A file that exists at ``path`` keeps its lines of the steps before ``kept_steps``. With a
+    TensorBoard writer ``board`` the same numbers are also written as scalars.
     """
 
     def __init__(self, path: Path, kept_steps: int = 0, board: SummaryWriter | None = None) -> None:
@@ -65,7 +66,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, **values: float | list[float]) -> None:
-        """Append the line of one step, counted from 0; a number that is not finite becomes null."""
+        """Append the line of a step (0-based); a number that is not finite becomes null."""
         line = {
             "step": step,
             **{name: _finite(value) for name, value in values.items()},
@@ -75,12 +76,12 @@ class MetricsWriter:
         self.show(step, "train", **values)
 
     def show(self, step: int, group: str, **values: float | list[float]) -> None:
-        """Show values in TensorBoard alone, if there is one; of a list, each by its number."""
+        """Write values to TensorBoard alone, if it is used; list elements under their index."""
         if self._board:
             for name, value in values.items():
                 tags = {f"{group}/{name}": value}
                 if isinstance(value, list):
-                    tags = {f"{group}/{name}/{number}": one for number, one in enumerate(value)}
+                    tags = {f"{group}/{name}/{index}": each for index, each in enumerate(value)}
                 for tag, scalar in tags.items():
                     self._board.add_scalar(tag, scalar, step)
 
@@ -103,7 +104,7 @@ def _finite(value: float | list[float]) -> float | list[float] | None:
 
 
 def _lines_before(path: Path, step: int) -> list[str]:
-    """Return the lines of the steps before ``step``, without one that a kill cut short."""
+    """Return the lines of the steps before ``step``, leaving out an incomplete last line."""
     if not (step and path.exists()):
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -111,7 +112,7 @@ def _lines_before(path: Path, step: int) -> list[str]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` so that a reader finds the old file or the new one, never half of it."""
+    """Replace ``path`` atomically: a reader sees the old content or the new, never part of it."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     unfinished.replace(path)

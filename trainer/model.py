@@ -1,10 +1,10 @@
-"""Mixtral for training: transformers' own layers, run as one scan in one manual region.
+"""Mixtral for training: transformers' own layers, run as one scan in a manual region.
 
-Parameters stay per layer, under transformers' names but for the experts'
-(``experts.split_projections``). Inside a step they are stacked, the layers become the body of one
-XLA loop, and backward runs a second loop in reverse that recomputes each layer from its input. The
-program's size and compile time do not depend on the depth, and no layer's activations outlive the
-layer.
+Parameters stay separate for each layer, under transformers' names except for the experts'
+(``experts.split_projections``). Inside a step the parameters of all layers are stacked, and the
+layers become the body of one XLA loop. Backward is a second loop, in reverse, which recomputes each
+layer from its input (activation checkpointing). So program size and compile time do not depend on
+the number of layers, and of each layer only its input is kept for backward.
 """
 
 from collections.abc import Callable
@@ -37,16 +37,16 @@ from trainer.sharding import (
 
 ROPE_SHARDING = (None, None, None)  # cos and sin, [1, T, D], whole on every device
 ROUTING_SHARDING = (None, BATCH_SHARDING[0], None)  # [layers, shards of the batch, 2E + 1]
-IGNORED = -100  # a target that is not predicted, for transformers as for PyTorch
+IGNORED = -100  # the target of a position without loss, in transformers as in PyTorch
 
 
 def build(
     config: dict, *, experts_mode: str, flash_attention: bool, dtype: torch.dtype
 ) -> MixtralForCausalLM:
-    """Return transformers' Mixtral for the content of a config.json, on the meta device.
+    """Return transformers' Mixtral on the meta device, without weights.
 
-    ``experts_mode`` is one of ``experts.MODES``. :func:`initialize` or :func:`load` gives the model
-    its weights.
+    ``config`` is the content of a config.json, ``experts_mode`` one of ``experts.MODES``.
+    :func:`initialize` or :func:`load` gives the model its weights.
     """
     experts.register()
     attention.register()
@@ -59,25 +59,25 @@ def build(
         )
     for layer in model.model.layers:
         experts.split_projections(layer.mlp.experts)
-        layer.self_attn.register_forward_pre_hook(_spread_input, with_kwargs=True)
-        layer.self_attn.register_forward_hook(_combine_output)
+        layer.self_attn.register_forward_pre_hook(_begin_tensor_parallel, with_kwargs=True)
+        layer.self_attn.register_forward_hook(_end_tensor_parallel)
     return model.train()
 
 
-def _spread_input(attention, args, kwargs):
+def _begin_tensor_parallel(attention, args, kwargs):
     return args, kwargs | {"hidden_states": copy_to_tensor_parallel(kwargs["hidden_states"])}
 
 
-def _combine_output(attention, args, output):
+def _end_tensor_parallel(attention, args, output):
     hidden, weights = output
     return reduce_from_tensor_parallel(hidden), weights
 
 
 def initialize(model: MixtralForCausalLM, seed: int) -> None:
-    """Give a model on meta transformers' random weights, placed shard by shard on the mesh.
+    """Give a model on the meta device transformers' random weights, sharded over the mesh.
 
-    Host memory holds one module at a time. The weights depend on ``seed`` and the config alone, not
-    on the number of devices.
+    Host memory holds the weights of one module at a time. The weights depend on ``seed`` and the
+    config alone, not on the number of devices.
     """
     torch.manual_seed(seed)
     for prefix, module in model.named_modules():
@@ -94,10 +94,10 @@ def initialize(model: MixtralForCausalLM, seed: int) -> None:
 
 
 def load(model: MixtralForCausalLM, read: Callable[[str, torch.Size], torch.Tensor]) -> None:
-    """Give a model on meta the weights that ``read`` returns, placed shard by shard on the mesh.
+    """Give a model on the meta device the weights that ``read`` returns, sharded over the mesh.
 
-    ``read`` takes a parameter's name and shape and returns it on the host, of any type. Host memory
-    holds one parameter at a time.
+    ``read`` takes a parameter's name and shape and returns a tensor on the host, of any dtype. Host
+    memory holds one parameter at a time.
     """
     untied = {name for name, _ in model.named_parameters()}
     for prefix, module in model.named_modules():
@@ -113,7 +113,7 @@ def load(model: MixtralForCausalLM, read: Callable[[str, torch.Size], torch.Tens
 
 
 def place(module: torch.nn.Module, prefix: str, name: str, data: torch.Tensor) -> None:
-    """Make ``data``, on the host, the parameter ``name`` of a module, and move it to its shards."""
+    """Shard the host tensor ``data`` and make it the parameter ``name`` of a module."""
     data = to_mesh(data, partition_spec(f"{prefix}.{name}"))
     setattr(module, name, torch.nn.Parameter(data))
 
@@ -129,19 +129,20 @@ def causal_lm_loss(
     segments_BT: torch.Tensor | None = None,
     counted_B1: torch.Tensor | None = None,
     *,
-    recompute: bool = True,
+    recompute: bool,
 ) -> tuple[torch.Tensor, experts.Routing]:
     """Return the mean cross-entropy, in nats per predicted token, an fp32 scalar, and the routing.
 
-    What the configuration wants the model trained on is :func:`training_loss` of the two.
+    :func:`training_loss` adds the auxiliary loss where the configuration asks for it.
 
     Args:
-        model: weights on the mesh.
+        model: with its weights on the mesh.
         tokens_BT: int64 on the mesh, split on the batch. Position t predicts position t + 1.
-        segments_BT: int32 like tokens_BT, the document of every position: it sees no other one,
-            and does not predict the first token of the next. None: one document.
-        counted_B1: boolean, split like tokens_BT: whose tokens are in the mean. None: all.
-        recompute: run the layers as a scan that recomputes them in backward (activation
+        segments_BT: int32 like tokens_BT, the document of every position. Positions attend to their
+            own document only, and do not predict the first token of the next. None: the whole
+            sequence is one document.
+        counted_B1: boolean, split like tokens_BT: the rows whose tokens count in the mean. None:
+        all. recompute: run the layers as a scan that recomputes them in backward (activation
             checkpointing); else one after the other, keeping their activations.
     """
     decoder = model.model
@@ -170,7 +171,7 @@ def targets(
     segments_BT: torch.Tensor | None = None,
     counted_B1: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what all positions but the last are to predict, IGNORED where nothing counts.
+    """Return the target of every position but the last, IGNORED where a position has no loss.
 
     The arguments are those of :func:`causal_lm_loss`.
     """
@@ -183,7 +184,9 @@ def targets(
 def training_loss(
     config: MixtralConfig, cross_entropy: torch.Tensor, routing: experts.Routing
 ) -> torch.Tensor:
-    """Return the loss to train on, transformers' own: with the auxiliary loss if config asks."""
+    """Return the loss to minimise, as in transformers: with ``output_router_logits`` in the config,
+    cross-entropy plus ``router_aux_loss_coef`` times the auxiliary loss.
+    """
     if not config.output_router_logits:
         return cross_entropy
     return cross_entropy + config.router_aux_loss_coef * routing.aux_loss
@@ -198,10 +201,10 @@ def decode(
     *,
     recompute: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run ``layers`` over ``hidden_BTH`` (split on the batch), every device on its own tokens.
+    """Run ``layers`` over ``hidden_BTH``, which is split on the batch, in a manual region.
 
-    Returns the result in its shape, and ``experts.routing_means`` of each layer and shard of the
-    batch, ``[layers, shards, 2E + 1]``.
+    Returns the hidden states after the last layer, ``[B, T, H]``, and ``experts.routing_means`` of
+    each layer and shard of the batch, ``[layers, shards, 2E + 1]``.
     """
     names = [name for name, _ in layers[0].named_parameters()]
     specs = [partition_spec(name) for name in names]
@@ -217,7 +220,7 @@ def decode(
         logits, _, index = outputs[0]
         return out, experts.routing_means(logits, index).unsqueeze(0)
 
-    per_layer = [dict(one.named_parameters()) for one in layers]
+    per_layer = [dict(each.named_parameters()) for each in layers]
     stacked = [torch.stack([parameters[name] for parameters in per_layer]) for name in names]
     run = _ScannedLayers if recompute else _UnrolledLayers
     tables = [(cos, ROPE_SHARDING), (sin, ROPE_SHARDING)]
@@ -227,10 +230,11 @@ def decode(
 
 
 class _ScannedLayers(torch.autograd.Function):
-    """One XLA loop over the layers; a second one, in reverse, recomputes and differentiates them.
+    """Forward is one XLA loop over the layers; backward a second one, in reverse, that recomputes
+    and differentiates each layer.
 
-    ``torch_xla``'s own ``scan_layers`` traces with AOTAutograd, which neither a manual region nor a
-    kernel called through JAX survives; only its loop builder is used here.
+    torch_xla's own ``scan_layers`` traces with AOTAutograd, which fails on manual regions and on
+    kernels called through JAX. Only its loop builder, ``_scan_impl_flat``, is used here.
     """
 
     @staticmethod
@@ -270,7 +274,7 @@ class _ScannedLayers(torch.autograd.Function):
 
 
 class _UnrolledLayers(torch.autograd.Function):
-    """The layers one after the other in the manual region, their activations kept for backward."""
+    """Runs the layers one after the other; autograd keeps their activations for backward."""
 
     @staticmethod
     def forward(ctx, layer, specs, tables, hidden, *stacked):
@@ -297,7 +301,7 @@ class _UnrolledLayers(torch.autograd.Function):
 
 
 def _leave_with_means(ctx, hidden, means):
-    """Return hidden and the routers' means, global again, as forward must."""
+    """Return the hidden states and routing means as global tensors, the results of forward."""
     layers, _, width = means.shape
     shards = size(SLICE) * size(FSDP)
     return (
@@ -307,12 +311,12 @@ def _leave_with_means(ctx, hidden, means):
 
 
 def _enter_gradients(gradient, means_gradient):
-    """Return what backward is given, for the device's own tokens."""
+    """Return the gradients that backward gets, each as this device's shard."""
     return enter_manual(gradient, HIDDEN_SHARDING), enter_manual(means_gradient, ROUTING_SHARDING)
 
 
 def _leave_with_gradients(ctx, gradient, weight_gradients):
-    """Return the gradients of hidden and stacked weights, global again, as backward must."""
+    """Return the gradients of all of forward's arguments, as global tensors or None."""
     weight_gradients = [
         leave_manual(g, (None, *s), shape)
         for g, s, shape in zip(weight_gradients, ctx.specs, ctx.stacked_shapes, strict=True)

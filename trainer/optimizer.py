@@ -1,7 +1,7 @@
-"""Adafactor, the learning-rate schedules and gradient clipping, free of recompilation.
+"""Adafactor, gradient clipping and the learning-rate schedules, without recompilation.
 
-Everything that changes from step to step enters the program as a tensor: a Python number is part of
-the compiled graph, and the step would be compiled anew.
+Whatever changes from step to step enters the program as a tensor: a Python number is a constant of
+the compiled graph, and another number would compile the step again.
 """
 
 import math
@@ -19,26 +19,30 @@ DECAY_RATE = -0.8  # exponent of the second moment's decay, 1 - step^-0.8
 NOT_DECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
+def zeros(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the moment that an optimizer starts from, whatever its name."""
+    return torch.zeros(shape)
+
+
 class Adafactor:
     """Adafactor as Hugging Face's Trainer configures it for ``--optim adafactor``.
 
-    A given learning rate, no first moment, no scaling by the parameter. The second moment of a
-    matrix is kept as one mean per row and one per column of its last two dimensions (Shazeer and
-    Stern 2018, section 4); moments are fp32, sharded like the parameter. ``weight_decay`` times the
-    learning rate is what every parameter but norms loses of itself at a step.
+    The learning rate is given, not derived from the step; there is no first moment, and updates are
+    not scaled by the parameter. The second moment of a matrix is kept factored, as one mean per row
+    and one per column of its last two dimensions (Shazeer and Stern 2018, section 4). Moments are
+    fp32 and sharded like the parameter. Weight decay is decoupled: at every step each parameter,
+    except norms, shrinks by the fraction ``weight_decay`` times the learning rate.
 
-    ``state`` holds the moments under names such as transformers gives them. ``initial`` returns a
-    moment of a given name and shape on the host; by default they are zero.
+    ``state`` holds the moments under transformers' names. ``initial`` returns a moment of a given
+    name and shape on the host.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-        initial: Callable[[str, tuple[int, ...]], torch.Tensor] = lambda _, shape: torch.zeros(
-            shape
-        ),
+        initial: Callable[[str, tuple[int, ...]], torch.Tensor] = zeros,
         *,
-        weight_decay: float = 0.0,
+        weight_decay: float,
     ):
         self.parameters: list[torch.nn.Parameter] = []
         self.weight_decays: list[float] = []
@@ -63,12 +67,12 @@ class Adafactor:
 
     @staticmethod
     def decay(step: int) -> float:
-        """Return how much of the second moment step ``step`` (0-based) keeps, in [0, 1)."""
+        """Return the decay rate of the second moment at ``step`` (0-based), in [0, 1)."""
         return 1.0 - math.pow(step + 1, DECAY_RATE)
 
     @torch.no_grad()
     def step(self, learning_rate: torch.Tensor, decay: torch.Tensor) -> None:
-        """Update every parameter from its gradient and drop the gradient.
+        """Update every parameter from its gradient, and free the gradient.
 
         Args:
             learning_rate: fp32 scalar on the device.
@@ -113,11 +117,11 @@ def clip_gradients(parameters: Iterable[torch.nn.Parameter], max_norm: float) ->
 def schedule(kind: str, peak: float, warmup_steps: int, max_steps: int) -> Callable[[int], float]:
     """Return the learning rate as a function of the 0-based step, as transformers schedules it.
 
-    It rises linearly from 0 over ``warmup_steps`` to ``peak``, then goes on as ``kind`` says:
-    ``linear`` and ``cosine`` reach 0 at ``max_steps``, ``inverse_sqrt`` falls as 1 / sqrt(step),
-    ``constant`` and ``constant_with_warmup`` stay.
+    The learning rate rises linearly from 0 to ``peak`` over ``warmup_steps``. Then ``linear`` and
+    ``cosine`` reach 0 at ``max_steps``, ``inverse_sqrt`` falls as 1 / sqrt(step), ``constant`` and
+    ``constant_with_warmup`` stay at the peak.
     """
-    timescale = warmup_steps or 10_000  # of inverse_sqrt
+    timescale = warmup_steps or 10_000  # inverse_sqrt's, as transformers chooses it
 
     def learning_rate(step: int) -> float:
         if step < warmup_steps:

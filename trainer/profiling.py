@@ -1,4 +1,4 @@
-"""The guide's profile: one trace, begun after a given step of a given epoch, for a given time."""
+"""The profiler trace that the PROFILE_* variables of the guide ask for."""
 
 import time
 from pathlib import Path
@@ -11,14 +11,14 @@ from trainer.metrics import LEAST_STEPS
 
 
 class Profiler:
-    """Takes one trace of this host as PROFILE_EPOCH, PROFILE_STEP, PROFILE_DURATION_MS and
-    PROFILE_LOGDIR say; without PROFILE_LOGDIR it takes none. Says so where the run, from
-    ``first_step`` to ``max_steps``, has no step after which it would begin.
+    """Takes one trace of this host's devices; none without PROFILE_LOGDIR.
 
-    The trace begins once the device has finished step PROFILE_STEP (0-based, within PROFILE_EPOCH)
-    and ends with the first step that finishes PROFILE_DURATION_MS later, or with the run. Where
-    steps are long it takes as many as a step time needs, which are more than that. It becomes
-    ``<PROFILE_LOGDIR>/plugins/profile/<time>/<host>.xplane.pb``, which TensorBoard opens.
+    The trace begins once the device has finished step PROFILE_STEP (0-based) of epoch
+    PROFILE_EPOCH. It ends with the first step that finishes PROFILE_DURATION_MS later, but not
+    before it shows the ``metrics.LEAST_STEPS`` whole steps that a step time needs, or else with the
+    run. The file is ``<PROFILE_LOGDIR>/plugins/profile/<time>/<host>.xplane.pb``, which TensorBoard
+    opens. Where the run, from ``first_step`` to ``max_steps - 1``, does not have that step, a
+    message says so.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Profiler:
             )
 
     def step_dispatched(self, step: int) -> None:
-        """Begin or end the trace, where this is the step to do it at."""
+        """Begin or end the trace if it is due after ``step``."""
         if self._started is None and self.directory and step == self._after_step:
             xm.wait_device_ops()
             Path(self.directory).mkdir(parents=True, exist_ok=True)
             xp.start_trace(self.directory)
             self._started = time.monotonic()
-        # The last step's time nobody sees: it is from its start to the start of the next.
+        # One step more than LEAST_STEPS: a step time runs from a step's start to the next one's.
         elif (
             self._started
             and time.monotonic() - self._started >= self._duration_s

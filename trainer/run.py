@@ -1,6 +1,6 @@
-"""One run, from its arguments to what it leaves in the output directory.
+"""One training run, from its arguments to the files in its output directory.
 
-Imports the whole stack, JAX too: only after ``start_client``, and when the input was found good.
+Importing this module imports torch_xla and JAX: validate the input and call ``start_client`` first.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch_xla.runtime as xr
 from transformers import MixtralForCausalLM
 
@@ -33,18 +32,20 @@ from trainer import (
 )
 from trainer.arguments import Arguments
 from trainer.config import ARCHITECTURE
-from trainer.sharding import AXES, local_rows, make_mesh, partition_spec, size
+from trainer.sharding import AXES, local_rows, partition_spec, size
+from trainer.step import StepOptions, TrainStep, build_model
 from trainer.validation import check_devices, profile, slices
 
-# The packages that the report names with their versions
+# The packages whose versions summary.json records
 STACK = ("torch", "torch_xla", "transformers", "jax", "libtpu")
 
 
 def run(arguments: Arguments) -> int:
-    """Train as ``arguments`` say and leave metrics.jsonl and summary.json in the output directory;
-    with ``--save_strategy steps`` checkpoints and the model, too. Return the exit code.
+    """Train as ``arguments`` say; return the process's exit code.
 
-    Raises BadInput for what only the devices, the hub or earlier files tell.
+    Writes metrics.jsonl and summary.json into the output directory, and with ``--save_strategy
+    steps`` checkpoints and the trained model. Raises BadInput for input that turns out to be wrong
+    only with the devices, the hub or the files of earlier runs at hand.
     """
     training = arguments.training
     devices, chip = xr.global_runtime_device_count(), tpu.current_chip()
@@ -61,42 +62,36 @@ def run(arguments: Arguments) -> int:
     if max_steps < 1:
         max_steps = max(1, round(training.num_train_epochs * epoch_steps))
 
-    make_mesh(devices, tensor=arguments.model.tensor_devices, slices=slices())
-    mixtral = model.build(
-        arguments.config,
-        experts_mode=arguments.model.experts_mode,
-        flash_attention=arguments.model.flash_attention,
-        dtype=getattr(torch, arguments.model.torch_dtype),
-    )
-    identity = _identity(arguments, text.crc32)
-    adafactor, first_step = _load_state(arguments, mixtral, checkpoints, identity)
+    options = StepOptions.from_arguments(arguments)
+    mixtral = build_model(arguments.config, options, devices=devices, slices=slices())
+    identity = _identity(arguments, options, text.crc32)
+    train_step, first_step = _load_state(arguments, options, mixtral, checkpoints, identity)
 
     training.output_dir.mkdir(parents=True, exist_ok=True)
-    # What output_dir holds of a run that this one continues stays, up to the step it resumes from.
+    # A run that continues an earlier one keeps its files, up to the step it resumes after.
     kept_steps = first_step if training.continues else 0
     checkpoint.remove_after(checkpoints, kept_steps)
     saver = None
     if training.save_strategy == "steps":
         saver = checkpoint.Saver(
             checkpoints,
-            dict(mixtral.named_parameters()) | adafactor.state,
+            train_step.state,
             identity,
             every=training.save_steps,
             keep=training.save_total_limit,
         )
-    summary = _summary(arguments, mixtral, chip, max_steps) | {
+    summary = _summary(arguments, train_step, chip, max_steps) | {
         "bytes_per_token": text.bytes_per_token,
         "tokens_per_epoch": (
             None if arguments.data.streaming else epoch_steps * batch * arguments.data.block_size
         ),
         "evaluations": _evaluations(arguments, min(kept_steps, max_steps - 1)),
     }
-    recompute = arguments.fsdp.activation_checkpointing
 
     def write_summary(compilations: loop.Compilations | None = None) -> None:
         if compilations:
             summary["compile"] = dataclasses.asdict(compilations)
-        # Under SPMD torch_xla does not tell what memory a TPU has in use.
+        # Under SPMD torch_xla cannot report how much memory of a TPU is in use.
         if xr.device_type() == "CPU":
             peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             summary["peak_memory_bytes"] = 1024 * peak_kib
@@ -109,21 +104,21 @@ def run(arguments: Arguments) -> int:
     ) as writer:
 
         def evaluate(step: int) -> None:
-            count, isolate = training.eval_batch, arguments.data.reset_attention_mask
+            count, isolate = training.eval_batch, options.isolate_documents
             batches = data.validation_batches(text.validation, local_rows(count), count, isolate)
-            loss = loop.evaluate(mixtral, batches, recompute=recompute)
-            found = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-            print(f"evaluation after step {step}:", *(f"{k} {v:.4f}" for k, v in found.items()))
-            # Beside the last step before it, whose place in the board is kept when a run resumes.
-            writer.show(step - 1, "eval", **found)
-            summary["evaluations"].append({"step": step, **found})
+            loss = loop.evaluate(train_step, batches)
+            evaluation = {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            shown = (f"{name} {value:.4f}" for name, value in evaluation.items())
+            print(f"evaluation after step {step}:", *shown)
+            # At the number of the step before: a run that resumes after it keeps its scalars.
+            writer.show(step - 1, "eval", **evaluation)
+            summary["evaluations"].append({"step": step, **evaluation})
             write_summary()
 
         try:
             loop.train(
-                mixtral,
-                adafactor,
-                _batches(arguments, text, first_step),
+                train_step,
+                _batches(arguments, options, text, first_step),
                 writer,
                 profiling.Profiler(profile(), epoch_steps, first_step, max_steps),
                 saver,
@@ -135,9 +130,6 @@ def run(arguments: Arguments) -> int:
                     training.warmup(max_steps),
                     max_steps,
                 ),
-                accumulation=training.gradient_accumulation_steps,
-                max_grad_norm=training.max_grad_norm,
-                recompute=recompute,
                 log_every=training.logging_steps if training.logging_strategy == "steps" else 0,
                 on_compile=write_summary,
                 evaluate_every=training.evaluate_every,
@@ -159,30 +151,32 @@ def run(arguments: Arguments) -> int:
     return 0
 
 
-def _identity(arguments: Arguments, text_crc32: int) -> dict[str, Any]:
-    """Return what a run must have in common with the one whose checkpoint it resumes from."""
+def _identity(arguments: Arguments, options: StepOptions, text_crc32: int) -> dict[str, Any]:
+    """Return the settings that must equal those of the run whose checkpoint is resumed."""
     training = arguments.training
     return {
         **{key: arguments.config.get(key) for key in ARCHITECTURE},
-        "torch_dtype": arguments.model.torch_dtype,
+        "torch_dtype": options.dtype,
         "text_crc32": text_crc32,
         "block_size": arguments.data.block_size,
         "per_device_train_batch_size": training.per_device_train_batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "gradient_accumulation_steps": options.accumulation,
         "dataloader_drop_last": training.dataloader_drop_last,
         "seed": training.seed,
-        "reset_attention_mask": arguments.data.reset_attention_mask,
+        "reset_attention_mask": options.isolate_documents,
     }
 
 
 def _load_state(
     arguments: Arguments,
+    options: StepOptions,
     mixtral: MixtralForCausalLM,
     checkpoints: storage.Directory | storage.Bucket,
     identity: dict[str, Any],
-) -> tuple[optimizer.Adafactor, int]:
-    """Give the model its weights: a checkpoint's, published ones, or random ones. Return its
-    optimizer, and the number of steps that are done.
+) -> tuple[TrainStep, int]:
+    """Give the model the weights of a checkpoint, published ones, or random ones.
+
+    Returns the step with its optimizer state, and the number of steps already trained.
     """
     training = arguments.training
     resumed = checkpoint.find(training.resume_from_checkpoint, checkpoints)
@@ -194,22 +188,19 @@ def _load_state(
         model.load(mixtral, weights.Weights(directory).read)
     else:
         model.initialize(mixtral, training.seed)
-    initial = {"initial": saved.read} if saved else {}
-    adafactor = optimizer.Adafactor(
-        mixtral.named_parameters(), **initial, weight_decay=training.weight_decay
-    )
     if not saved:
-        return adafactor, 0
-    saved.check(dict(mixtral.named_parameters()) | adafactor.state)
+        return TrainStep(options, mixtral), 0
+    train_step = TrainStep(options, mixtral, saved.read)
+    saved.check(train_step.state)
     print(f"resuming from {resumed}, after step {saved.step}", flush=True)
-    return adafactor, saved.step
+    return train_step, saved.step
 
 
 def _summary(
-    arguments: Arguments, mixtral: MixtralForCausalLM, chip: tpu.Chip | None, max_steps: int
+    arguments: Arguments, train_step: TrainStep, chip: tpu.Chip | None, max_steps: int
 ) -> dict[str, Any]:
-    """Return what summary.json says of the run before its first step, but for the text."""
-    mode, block_size = arguments.model.experts_mode, arguments.data.block_size
+    """Return the part of summary.json that is known before the first step and without the text."""
+    mode, block_size = train_step.options.experts_mode, arguments.data.block_size
     total, active = metrics.parameter_counts(arguments.config)
     return {
         "model": {
@@ -221,7 +212,7 @@ def _summary(
         },
         "mesh": {axis: size(axis) for axis in AXES},
         "experts": {"mode": mode, "kernel": experts.kernel_of(mode)},
-        "attention": {"kernel": attention.kernel_of(mixtral.config, block_size)},
+        "attention": {"kernel": attention.kernel_of(train_step.model.config, block_size)},
         "device": {
             "kind": chip.name if chip else xr.device_type(),
             "count": xr.global_runtime_device_count(),
@@ -235,32 +226,32 @@ def _summary(
 
 
 def _headline(summary: dict[str, Any]) -> str:
-    """Return the line that says what is trained, and how."""
-    of_model, device = summary["model"], summary["device"]
+    """Return one line on the model, its size, the devices, the kernels and the steps."""
+    trained, device = summary["model"], summary["device"]
     return (
-        f"{of_model['name']}: {of_model['params_total'] / 1e6:,.1f} M parameters, "
-        f"{of_model['params_active'] / 1e6:,.1f} M active; "
+        f"{trained['name']}: {trained['params_total'] / 1e6:,.1f} M parameters, "
+        f"{trained['params_active'] / 1e6:,.1f} M active; "
         f"{device['count']} {device['kind']} devices; experts {summary['experts']['mode']} "
         f"({summary['experts']['kernel']}), attention {summary['attention']['kernel']}; "
-        f"{summary['max_steps']} steps of {of_model['global_batch']} x {of_model['block_size']} "
+        f"{summary['max_steps']} steps of {trained['global_batch']} x {trained['block_size']} "
         "tokens"
     )
 
 
 def _evaluations(arguments: Arguments, steps: int) -> list[dict[str, float]]:
-    """Return the evaluations of the run that this one continues, of its first ``steps`` steps."""
+    """Return the earlier run's evaluations of its first ``steps`` steps, which this run keeps."""
     file = arguments.training.output_dir / "summary.json"
     if not (steps and file.exists()):
         return []
     evaluations = json.loads(file.read_text(encoding="utf-8"))["evaluations"]
-    return [found for found in evaluations if found["step"] <= steps]
+    return [evaluation for evaluation in evaluations if evaluation["step"] <= steps]
 
 
 def _batches(
-    arguments: Arguments, text: data.Blocks | data.Stream, first_step: int
+    arguments: Arguments, options: StepOptions, text: data.Blocks | data.Stream, first_step: int
 ) -> Iterator[data.Batch]:
-    """Return this host's rows of every global batch from ``first_step`` on."""
-    training, isolate = arguments.training, arguments.data.reset_attention_mask
+    """Return this host's rows of every step's global batch, from ``first_step`` on."""
+    training, isolate = arguments.training, options.isolate_documents
     batch = training.global_batch
     rows = local_rows(batch)
     if arguments.data.streaming:
@@ -270,7 +261,7 @@ def _batches(
 
 
 def _board(arguments: Arguments, kept_steps: int) -> Any:
-    """Return TensorBoard's writer, on the first host, where it is asked for."""
+    """Return a TensorBoard writer on the first host of a ``--report_to tensorboard`` run."""
     training = arguments.training
     if training.report_to != "tensorboard" or xr.process_index():
         return None

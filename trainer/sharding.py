@@ -1,14 +1,14 @@
-"""Mesh, partition specs and the explicit collectives of FSDP and tensor parallelism.
+"""Mesh, partition specs, and the explicit collectives of FSDP and tensor parallelism.
 
-The mesh has three axes. ``slice`` holds whole copies of the model, one a slice; over ``fsdp`` the
-batch and every weight are split; over ``tensor`` a layer's heads and the width of its experts.
-Which dimension of a parameter goes with which axis is one row of ``PARAMETER_SHARDING``.
+The mesh has three axes. Each slice along ``slice`` has a whole copy of the model (data
+parallelism). The batch and every weight are split over ``fsdp``; attention heads and the width of
+the experts are split over ``tensor``. ``PARAMETER_SHARDING`` says which dimension of a parameter is
+split over which axis.
 
-Inside the decoder layers nothing is left to the partitioner: the layers run in a manual region,
-where :func:`gather` brings what a device needs of a weight and, in backward, returns each device
-its share of the summed gradient; :func:`copy_to_tensor_parallel` and
-:func:`reduce_from_tensor_parallel` stand where a layer's work begins and ends to be split over
-``tensor``.
+The decoder layers run in a manual region, where the partitioner places no collectives. There
+:func:`gather` all-gathers a layer's weights, and reduce-scatters their gradients in backward.
+:func:`copy_to_tensor_parallel` and :func:`reduce_from_tensor_parallel` enclose the part of a layer
+that is split over ``tensor``.
 """
 
 import functools
@@ -30,8 +30,9 @@ Groups = tuple[tuple[int, ...], ...]
 Spec = tuple[str | tuple[str, ...] | None, ...]
 Range = tuple[tuple[int, int], ...]  # (start, stop) along every dimension
 
-# Name pattern → the axis of every dimension. The first match wins. Over fsdp weights are split on
-# the hidden size, the one dimension that every one of them has; over tensor as Megatron-LM does.
+# Name pattern → the mesh axis of every dimension; the first match counts. Over fsdp weights are
+# split along the hidden size, the one dimension that all of them have; over tensor as in
+# Megatron-LM.
 PARAMETER_SHARDING: tuple[tuple[str, Spec], ...] = (
     (r"embed_tokens\.weight$", (TENSOR, FSDP)),  # [V, H]
     (r"lm_head\.weight$", (TENSOR, FSDP)),  # [V, H]
@@ -44,15 +45,15 @@ PARAMETER_SHARDING: tuple[tuple[str, Spec], ...] = (
 BATCH_SHARDING = ((SLICE, FSDP), None)  # [B, T]
 HIDDEN_SHARDING = ((SLICE, FSDP), None, None)  # [B, T, H]
 
-# What stands for data in a traced program, and how the data would be split; see to_mesh.
+# The placeholders of a program that is only traced, each with the spec its data would have: to_mesh
 placeholders: list[tuple[torch.Tensor, Spec]] = []
 
 
 def partition_spec(name: str) -> Spec:
     """Return the mesh axis of every dimension of the parameter ``name``.
 
-    Raises KeyError for a parameter that no row of the table names, so that a new one cannot end up
-    replicated unseen.
+    Raises KeyError for a parameter that PARAMETER_SHARDING does not name: a new parameter must not
+    be replicated by accident.
     """
     for pattern, spec in PARAMETER_SHARDING:
         if re.search(pattern, name):
@@ -63,12 +64,12 @@ def partition_spec(name: str) -> Spec:
 def make_mesh(
     devices: int, *, tensor: int = 1, slices: int = 1, planes: tuple[int, int] | None = None
 ) -> xs.Mesh:
-    """Return the mesh over all ``devices`` and make it the global one.
+    """Return the mesh over all ``devices``, and make it the global one.
 
-    ``fsdp`` gets what the other two axes leave; both must divide ``devices``. ``planes``, by
-    default as :func:`torus_planes` finds, are how many a slice is cut into where weights are
-    gathered and where gradients are scattered. Neighbours along ``fsdp`` are a column through all
-    of them: see :func:`fsdp_stages`.
+    The size of ``fsdp`` is ``devices / slices / tensor``. ``planes`` are the numbers of planes that
+    a slice is divided into for the all-gather of weights and for the reduce-scatter of gradients;
+    by default those of :func:`torus_planes`. Devices that follow each other along ``fsdp`` form a
+    column through all planes: see :func:`fsdp_stages`.
     """
     fsdp = devices // slices // tensor
     if not planes:
@@ -83,11 +84,12 @@ def make_mesh(
 
 
 def torus_planes(devices: list[dict[str, Any]]) -> tuple[int, int]:
-    """Return into how many planes a slice of ``devices`` is cut to gather, and to scatter.
+    """Return the numbers of planes to divide a slice into, for all-gathers and for reduce-scatters.
 
-    Over all of a torus at once the compiler makes an all-reduce, of more bytes, of a
-    reduce-scatter, and in three dimensions of an all-gather too. So it is cut along its last axis,
-    where there are four chips or more along each. Devices count along the first axis first.
+    Over a whole torus at once the compiler turns a reduce-scatter, and in three dimensions an
+    all-gather too, into an all-reduce, which moves more bytes. A slice with at least four chips
+    along every axis is therefore divided along its last axis. ``devices`` have their coordinates as
+    ``coords`` and are numbered along the first axis first.
     """
     coords = np.array([device.get("coords", [0]) for device in devices])
     bounds = [int(bound) for bound in coords.max(0) + 1 if bound > 1]
@@ -97,27 +99,27 @@ def torus_planes(devices: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def size(axis: str) -> int:
-    """Return how many devices the global mesh has along an axis."""
+    """Return the number of devices along an axis of the global mesh."""
     return xs.get_global_mesh().shape()[axis]
 
 
 def parts(spec: Spec) -> int:
-    """Return into how many parts the global mesh splits a tensor of ``spec``."""
+    """Return the number of parts that the global mesh splits a tensor of ``spec`` into."""
     return math.prod(size(axis) for axes in spec if axes for axis in np.atleast_1d(axes))
 
 
 def groups(axis: str) -> list[list[int]]:
-    """Return the devices that differ in nothing but their place along an axis."""
+    """Return the groups of devices that differ only in their position along an axis."""
     devices = xs.get_global_mesh().get_logical_mesh()
     return np.moveaxis(devices, AXES.index(axis), -1).reshape(-1, size(axis)).tolist()
 
 
 def fsdp_stages(planes: int) -> list[list[list[int]]]:
-    """Return the groups of devices that a gather over ``fsdp`` takes one after the other.
+    """Return the stages of an all-gather over ``fsdp``, each as groups of devices.
 
-    Gathered last, and scattered first, is what takes most of the bytes: a plane of a torus, which
-    has two dimensions of links. Before it come the columns through the planes. A single stage where
-    there is one plane.
+    The first stage gathers within the columns through the planes, the second within each plane; a
+    reduce-scatter takes them in reverse. So most bytes move within a plane, where a torus has links
+    in two dimensions. With one plane there is a single stage.
     """
     mesh = xs.get_global_mesh()
     slices, fsdp, tensor = mesh.mesh_shape
@@ -127,33 +129,34 @@ def fsdp_stages(planes: int) -> list[list[list[int]]]:
 
 
 def from_hosts(value: float) -> torch.Tensor:
-    """Return what each device's host calls ``value``, fp32 ``[devices]``, one element a device.
+    """Return every host's ``value``, as fp32 ``[devices]``: a device's element is its host's value.
 
-    A host sends its devices their own elements of the tensor it gives, and no others. So a maximum
-    or minimum of the result is one over all hosts, and the same on all of them.
+    Each host provides the elements of its own devices only, so a maximum or minimum of the result
+    is taken over all hosts, and all hosts get the same.
     """
     devices = xs.get_global_mesh().size()
     return shard(torch.full((devices,), float(value)).to(torch_xla.device()), (AXES,))
 
 
 def to_mesh(data: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Return ``data``, which is on the host, split over the global mesh.
+    """Return ``data``, a tensor on the host, split over the global mesh.
 
-    What is on meta becomes a placeholder, a shape that a program can be traced with but not run. It
-    takes no mark, which would be kept with the data; ``placeholders`` has its spec.
+    A tensor on the meta device becomes a placeholder: a program can be traced with it, but not run.
+    torch_xla would keep a placeholder's sharding with its data, so ``placeholders`` has it instead.
     """
     if data.is_meta:
         placeholder = xb.create_placeholder_tensor(data.shape, data.dtype)
-        # The clone stays what it is when the step updates the placeholder.
+        # The step updates the placeholder in place; the clone still identifies the input.
         placeholders.append((placeholder.clone(), spec))
         return placeholder
     return shard(data.to(torch_xla.device()), spec)
 
 
 def local_replicas(tensor: torch.Tensor) -> list[tuple[int, Range]]:
-    """Return which part of a sharded ``tensor`` each of this host's devices holds, and which copy.
+    """Return, for each of this host's devices, the number of its copy and its part of ``tensor``.
 
-    Of the devices of all hosts that hold the same part, one has copy 0.
+    Devices that hold the same part of the sharded tensor, on whatever host, number their copies
+    from 0.
     """
     places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
     whole = tuple((0, size) for size in tensor.shape)
@@ -164,14 +167,14 @@ def local_replicas(tensor: torch.Tensor) -> list[tuple[int, Range]]:
 
 
 def local_places(tensor: torch.Tensor) -> list[Range]:
-    """Return which part of a sharded ``tensor`` each of this host's devices holds."""
+    """Return the part of a sharded ``tensor`` that each of this host's devices holds."""
     return [place for _, place in local_replicas(tensor)]
 
 
 def local_parts(shape: tuple[int, ...], spec: Spec) -> set[Range]:
-    """Return which parts this host's devices would hold of a tensor of ``shape`` and ``spec``.
+    """Return the parts of a tensor of ``shape`` and ``spec`` that this host's devices would hold.
 
-    The mesh must split it evenly.
+    The mesh must split the tensor evenly.
     """
     counts = [parts((axes,)) for axes in spec]
     probe = shard(torch.zeros(counts).to(torch_xla.device()), spec)
@@ -183,16 +186,16 @@ def local_parts(shape: tuple[int, ...], spec: Spec) -> set[Range]:
 
 
 def local_rows(batch: int) -> np.ndarray:
-    """Return which rows of a global batch this host's devices hold, ascending."""
+    """Return the rows of a global batch that this host's devices hold, ascending."""
     probe = shard(torch.zeros(batch, 1).to(torch_xla.device()), BATCH_SHARDING)
     return np.unique([range(*place[0]) for place in local_places(probe)])
 
 
 def from_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> torch.Tensor:
-    """Return the global batch ``[batch, T]``, split, of which ``values`` are this host's ``rows``.
+    """Return the global batch ``[batch, T]``, split, from ``values``, this host's ``rows`` of it.
 
-    Their type stays. A host sends its devices their own rows and no others, as in
-    :func:`from_hosts`, so what stands in those is never seen.
+    The dtype is that of ``values``. As in :func:`from_hosts`, a host provides its own devices' rows
+    only: the zeros in the rows of other hosts go nowhere.
     """
     whole = np.zeros((batch, values.shape[1]), values.dtype)
     whole[rows] = values
@@ -200,7 +203,7 @@ def from_rows(values: np.ndarray, rows: np.ndarray, batch: int) -> torch.Tensor:
 
 
 def shard(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Mark ``tensor`` as split over the global mesh and return it, a plain tensor again."""
+    """Mark ``tensor`` as split over the global mesh; return it as a plain tensor."""
     return xs.mark_sharding(tensor, xs.get_global_mesh(), spec).global_tensor
 
 
@@ -208,7 +211,7 @@ class _Assemble(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
         ctx.spec = spec
-        # Times one: a mark on the parameter itself would move its data.
+        # Times one: marking the parameter itself would reshard its data.
         return shard(tensor * 1, tuple(None if axis == FSDP else axis for axis in spec))
 
     @staticmethod
@@ -217,20 +220,20 @@ class _Assemble(torch.autograd.Function):
 
 
 def gather_parameter(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Outside the manual region: a parameter of ``spec``, no longer split over ``fsdp``.
+    """Outside the manual region, return a parameter of ``spec`` all-gathered over ``fsdp``.
 
-    Its gradient is marked with ``spec`` again, so that the partitioner scatters what it reduces.
+    The gradient is marked with ``spec`` again, so that the partitioner reduce-scatters it.
     """
     return _Assemble.apply(tensor, spec)
 
 
 def enter_manual(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """Return this device's shard of ``tensor``; what is computed from it is per device."""
+    """Enter a manual region: return this device's shard of the global ``tensor``."""
     return xs.enable_manual_sharding(tensor, spec).global_tensor
 
 
 def leave_manual(tensor: torch.Tensor, spec: Spec, full_shape: torch.Size) -> torch.Tensor:
-    """Return the global tensor of ``full_shape`` whose shards the devices hold in ``tensor``."""
+    """Leave a manual region: return the global tensor whose shard here is ``tensor``."""
     return xs.disable_manual_sharding(tensor, spec, full_shape).global_tensor
 
 
@@ -243,8 +246,8 @@ def _all_gather_computation(
 ):
     """Return the XLA computation of one all-gather along ``dim`` within each group of devices.
 
-    torch_xla's own ``all_gather`` threads a token through the program, a device value that does not
-    belong to the manual region and that the partitioner aborts on.
+    torch_xla's own ``all_gather`` passes a token through the program. The token is not part of the
+    manual region, and the partitioner aborts on it.
     """
     count, members = len(replica_groups), len(replica_groups[0])
     whole = tuple(size * members if axis == dim else size for axis, size in enumerate(shape))
@@ -288,7 +291,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        # Scale 1: the loss is the mean over the global batch already, so the shares add up.
+        # Scale 1: the loss is a mean over the global batch, so the devices' gradients just add up.
         for stage in reversed(fsdp_stages(xs.get_global_mesh().scatter_planes)):
             gradient = torch_xla._XLAC._xla_spmd_reduce_scatter(
                 xm.REDUCE_SUM, gradient, 1.0, ctx.dim, len(stage[0]), stage
@@ -297,14 +300,14 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(shard_: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """In a manual region: all-gather a weight over ``fsdp``; backward reduce-scatters, summing.
+    """In a manual region, all-gather a weight over ``fsdp``; backward reduce-scatters its gradient.
 
-    Over ``slice`` backward sums as well: every slice has a copy of the weight.
+    Backward also all-reduces the gradient over ``slice``: every slice has a copy of the weight.
     """
     return _Gather.apply(shard_, spec.index(FSDP))
 
 
-class _Spread(torch.autograd.Function):
+class _CopyToTensorParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * 1
@@ -314,7 +317,7 @@ class _Spread(torch.autograd.Function):
         return _all_reduce(gradient, TENSOR)
 
 
-class _Combine(torch.autograd.Function):
+class _ReduceFromTensorParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
         return _all_reduce(tensor, TENSOR)
@@ -325,13 +328,16 @@ class _Combine(torch.autograd.Function):
 
 
 def copy_to_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
-    """In a manual region: what all devices along ``tensor`` have and each goes on with its part of.
+    """In a manual region, begin a part of a layer that is split over ``tensor``.
 
-    Backward sums the parts' gradients (Shoeybi et al. 2019, operator f).
+    Identity in forward; all-reduce of the gradient in backward (Shoeybi et al. 2019, operator f).
     """
-    return tensor if size(TENSOR) == 1 else _Spread.apply(tensor)
+    return tensor if size(TENSOR) == 1 else _CopyToTensorParallel.apply(tensor)
 
 
 def reduce_from_tensor_parallel(tensor: torch.Tensor) -> torch.Tensor:
-    """In a manual region: the sum of what the devices along ``tensor`` have (operator g)."""
-    return tensor if size(TENSOR) == 1 else _Combine.apply(tensor)
+    """In a manual region, end a part of a layer that is split over ``tensor``.
+
+    All-reduce in forward; identity in backward (Shoeybi et al. 2019, operator g).
+    """
+    return tensor if size(TENSOR) == 1 else _ReduceFromTensorParallel.apply(tensor)

@@ -1,9 +1,9 @@
-"""Where checkpoints are kept: a directory of each host, or a bucket that all hosts share.
+"""Storage of checkpoints: a directory of each host, or a bucket that all hosts share.
 
-Both hold directories ``checkpoint-<step>`` of safetensors files, and a checkpoint may be copied
-from one into the other. In a directory each host writes one file, ``state-<host>-of-<hosts>``; in a
-bucket several, so that neither memory nor a lost connection costs more than a part:
-``state-<host>-of-<hosts>.<part>-of-<parts>``.
+In both a checkpoint is ``checkpoint-<step>/`` with safetensors files, and may be copied from one to
+the other. In a directory each host writes one file, ``state-<host>-of-<hosts>``. In a bucket it
+writes several, ``state-<host>-of-<hosts>.<part>-of-<parts>``, so that an upload needs memory for
+one part only, and a lost connection repeats one part only.
 """
 
 import json
@@ -24,15 +24,15 @@ from safetensors.torch import save, save_file
 
 from trainer.flags import BadInput
 
-PART_BYTES = 128 * 2**20  # of one object, unless a single shard has more
-UPLOADS = 4  # at once; each takes a part's size of memory a few times over
+PART_BYTES = 128 * 2**20  # most bytes in an object, unless a single shard is larger
+UPLOADS = 4  # at the same time; each needs a few times PART_BYTES of memory
 Shards = Mapping[str, torch.Tensor]
 Describe = Callable[[Shards], dict[str, str]]
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FILE = re.compile(r"state-(\d+)-of-(\d+)(?:\.(\d+)-of-(\d+))?\.safetensors")
-_HEADER_BYTES = 100_000_000  # at most, as safetensors has it
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}  # all that a state has
+_HEADER_BYTES = 100_000_000  # the largest header that safetensors allows
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}  # the dtypes of weights and moments
 _ADVICE = {
     "401": (
         "Nobody is logged in here: a TPU VM needs a service account; elsewhere set "
@@ -44,10 +44,10 @@ _ADVICE = {
 
 
 class Directory:
-    """A directory of this host: one checkpoint, or several below it.
+    """A directory of this host that is a checkpoint, or contains checkpoints.
 
-    A checkpoint is written under a hidden name and renamed when everything in it is on the disk:
-    what is called ``checkpoint-<step>`` is complete.
+    A checkpoint is written under a hidden name, and renamed once all its data is on the disk. So a
+    directory named ``checkpoint-<step>`` is always complete.
     """
 
     shared = False
@@ -66,9 +66,9 @@ class Directory:
         return _steps(path.name for path in self.path.glob("checkpoint-*"))
 
     def write(self, name: str, shards: Shards, describe: Describe) -> None:
-        """Write this host's shards as a checkpoint, which replaces one of the same name.
+        """Write this host's shards as the checkpoint ``name``, replacing an earlier one.
 
-        ``describe`` gives the metadata of a file with some of them. Raises OSError or
+        ``describe`` returns the metadata for a file with the given shards. Raises OSError or
         SafetensorError.
         """
         path, hidden = self.path / name, self.path / f".{name}"
@@ -76,7 +76,7 @@ class Directory:
         shutil.rmtree(hidden, ignore_errors=True)
         hidden.mkdir()
         save_file(dict(shards), file, describe(shards))
-        file.chmod(0o644)  # safetensors makes it its owner's alone
+        file.chmod(0o644)  # safetensors gives access to its owner alone
         _flush(file)
         _flush(hidden)
         self.remove(name)
@@ -84,7 +84,7 @@ class Directory:
         _flush(self.path)
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint; under its name it is whole or not there at any moment."""
+        """Remove a checkpoint atomically: first its name, then its files."""
         path = self.path / name
         if path.exists():
             hidden = path.with_name(f".{name}.removed")
@@ -106,12 +106,12 @@ class Directory:
 
 
 class Bucket:
-    """A place in a bucket, ``gs://bucket/path``: one checkpoint, or several below it.
+    """A path in a bucket, ``gs://bucket/path``, that is a checkpoint or contains checkpoints.
 
-    All hosts write into the same checkpoint. An object is there when it is complete, and a
-    checkpoint when all objects of all hosts are there, which their names tell.
+    All hosts write into the same checkpoint. An object appears only when it is complete. A
+    checkpoint is complete when all objects of all hosts exist; their names give the numbers.
 
-    Whatever the storage refuses raises BadInput.
+    Every method raises BadInput for a request that the storage refuses.
     """
 
     shared = True
@@ -132,15 +132,16 @@ class Bucket:
         return Bucket(f"{self.url}/{name}")
 
     def check(self, *, new: bool) -> None:
-        """Raise BadInput unless this host may list, write and remove here, and, for a ``new`` run,
-        unless there is no checkpoint.
+        """Raise BadInput unless this host may list, write and remove objects here.
+
+        For a ``new`` run, raise BadInput also if there are checkpoints already.
         """
         probe = f".{_stem()}"
         self._result(self._store.write(probe, b""))
         seen = self._keys()
         self._result(self._store.write(probe, None))
         if probe not in seen:
-            raise BadInput(f"{self}: what is there cannot be listed. {_ADVICE['403']}")
+            raise BadInput(f"{self}: its objects cannot be listed. {_ADVICE['403']}")
         if (steps := self.checkpoints()) and new:
             raise BadInput(
                 f"{self} holds the checkpoints of an earlier run, up to checkpoint-{steps[-1]}; "
@@ -152,7 +153,7 @@ class Bucket:
         return _steps(name for name, files in self._list().items() if _complete(files))
 
     def write(self, name: str, shards: Shards, describe: Describe) -> None:
-        """Write this host's share of a checkpoint, as a directory does."""
+        """Write this host's shards into the checkpoint ``name``; see :meth:`Directory.write`."""
         parts = list(_parts(shards))
 
         def upload(number: int) -> None:
@@ -164,7 +165,7 @@ class Bucket:
             list(threads.map(upload, range(len(parts))))
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint, or what there is of it, and nothing else that is below its name."""
+        """Remove the files of a checkpoint, complete or not, but no other objects below it."""
         files = (self / name).files()
         for removed in [self._store.write(f"{name}/{file}", None) for file in files]:
             self._result(removed)
@@ -199,7 +200,7 @@ class Bucket:
         """Return the names of all objects here."""
         keys = [key.decode() for key in self._result(self._store.list())]
         if not keys:
-            # A listing that is refused looks like an empty one; reading what is not there does not.
+            # A refused listing looks like an empty one. A refused read of a missing object raises.
             self._result(self._store.read("-"))
         return keys
 
@@ -210,7 +211,7 @@ class Bucket:
         try:
             return future.result()
         except ValueError as error:
-            # A status, what the storage said, and in brackets the HTTP code and the whole answer
+            # The text is a status, the storage's message and, in brackets, HTTP code and response.
             said = str(error).partition(" [")[0].rstrip(".")
             if said.startswith("OUT_OF_RANGE"):
                 raise SafetensorError(said) from error
@@ -220,9 +221,9 @@ class Bucket:
 
 
 class _Object:
-    """A safetensors file of which only what is asked for is read, as safe_open does of a local one.
+    """A safetensors file in a bucket, read tensor by tensor, like ``safe_open`` for a local file.
 
-    ``read`` returns the bytes from one offset up to another. The format:
+    ``read(start, stop)`` returns a range of its bytes. The format:
     https://huggingface.co/docs/safetensors/index#format
     """
 
@@ -259,7 +260,7 @@ class _Object:
 
 
 def at(place: Path | str) -> Directory | Bucket:
-    """Return the place that a path or a ``gs://`` address names."""
+    """Return the storage that a path or a ``gs://`` address names."""
     text = str(place)
     return Bucket(text) if text.startswith("gs://") else Directory(Path(text).expanduser())
 
@@ -273,7 +274,7 @@ def _steps(names: Iterable[str]) -> list[int]:
 
 
 def _complete(files: Iterable[str]) -> bool:
-    """Return whether these are all files of all the hosts that saved a checkpoint."""
+    """Return whether ``files`` are all files, of all hosts, of one checkpoint."""
     counts = Counter(_FILE.fullmatch(file).group(1, 2, 4) for file in files)
     hosts = {hosts for _, hosts, _ in counts}
     return (
@@ -296,7 +297,7 @@ def _parts(shards: Shards) -> Iterator[Shards]:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
+    """Wait until the content of a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

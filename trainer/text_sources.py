@@ -1,7 +1,8 @@
-"""Where the training text comes from: a dataset, a file, or Python's own help.
+"""Read the training and validation texts: from a dataset, a file, or Python's own help topics.
 
-Reading and checking local text needs only the standard library. What needs datasets or pyarrow
-imports them where it does, because they exist only in the trainer's image.
+Reading and checking local text needs only the standard library. datasets and pyarrow are imported
+inside the functions that need them, because the controller, which validates input with this module,
+does not have them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ _ROWS_AT_ONCE = 1000
 
 
 def split_texts(arguments: Arguments) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the texts to train on, and those to evaluate on: none where there is no evaluation.
+    """Return the training texts and the validation texts; the latter are empty without evaluation.
 
-    As in run_clm, where there are no others the latter are the first
-    ``validation_split_percentage`` of the training texts. Raises BadInput.
+    As in run_clm, where neither a validation file nor a validation split exists, the first
+    ``validation_split_percentage`` of the training texts are evaluated, and not trained on. Raises
+    BadInput.
     """
     texts, validation = load_texts(arguments), validation_texts(arguments)
     if validation or not arguments.training.evaluates:
@@ -50,9 +52,10 @@ def load_texts(arguments: Arguments) -> Sequence[str]:
 
 
 def validation_texts(arguments: Arguments) -> Sequence[str]:
-    """Return the texts of the validation file, or of the dataset's validation split.
+    """Return the texts of the validation file, or else of the dataset's validation split.
 
-    None where the run does not evaluate, or, unless it streams, has neither. Raises BadInput.
+    The result is empty without evaluation, and where neither exists; with ``--streaming`` the
+    latter raises BadInput.
     """
     if not arguments.training.evaluates:
         return []
@@ -74,7 +77,7 @@ def validation_texts(arguments: Arguments) -> Sequence[str]:
 
 
 def stream_texts(arguments: Arguments) -> tuple[IterableDataset, str]:
-    """Return the training texts, read as the run goes, and the column that they are in."""
+    """Return the training texts, to be read during the run, and the name of their column."""
     from datasets import IterableDataset
 
     if path := arguments.data.train_file:
@@ -97,9 +100,9 @@ def _python_help() -> list[str]:
 
 
 def _load_dataset(arguments: Arguments, split: str) -> tuple[Dataset | IterableDataset, str] | None:
-    """Return a dataset's split, as ``--streaming`` says, and its column of texts.
+    """Return a split of the dataset, streamed or not, and its column of texts.
 
-    None where there is no validation split.
+    Returns None for a validation split that does not exist. Raises BadInput.
     """
     from datasets import load_dataset
 
@@ -115,7 +118,7 @@ def _load_dataset(arguments: Arguments, split: str) -> tuple[Dataset | IterableD
                 streaming=arguments.data.streaming,
             )
             row = next(iter(splits.get(split, [])), None)
-        except StopIteration:  # what datasets raises for a file without a line
+        except StopIteration:  # datasets raises it for an empty file
             pass
     if split == "validation" and split not in splits:
         return None
@@ -137,10 +140,11 @@ def _load_dataset(arguments: Arguments, split: str) -> tuple[Dataset | IterableD
 
 
 def read_texts(path: Path, flag: str = "train_file") -> Iterator[str]:
-    """Yield the lines of a .txt, with their ends, the ``text`` of each line of a .json(l), or the
-    texts of a .parquet, which needs pyarrow.
+    """Yield the texts of a file.
 
-    Raises BadInput, which names ``flag``, if the file is missing, empty, or something else.
+    A .txt holds one text a line (yielded with its line end), a .json or .jsonl one ``{"text": …}``
+    a line, a .parquet one a row; the latter needs pyarrow. Raises BadInput, naming ``flag``, for a
+    file that is missing, empty or of another kind.
     """
     readers = {".txt": _lines, ".json": _json_texts, ".jsonl": _json_texts}
     readers[".parquet"] = _parquet_texts
@@ -161,7 +165,7 @@ def read_texts(path: Path, flag: str = "train_file") -> Iterator[str]:
 
 
 def _lines(path: Path, flag: str) -> Iterator[str]:
-    # Split as bytes: text is also split at characters that a .txt or JSON may well contain.
+    # Read as bytes, lines end at newlines only; text may also be split at other characters.
     with path.open("rb") as file:
         for line in file:
             try:
@@ -203,7 +207,7 @@ def _parquet_texts(path: Path, flag: str) -> Iterator[str]:
 
 
 def check_parquet(path: Path, flag: str) -> None:
-    """Raise BadInput unless ``path`` begins and ends as a Parquet file does."""
+    """Raise BadInput unless ``path`` begins and ends with the magic bytes of Parquet."""
     try:
         with path.open("rb") as file:
             begin = file.read(len(_PARQUET))

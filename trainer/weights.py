@@ -1,9 +1,9 @@
-"""Weights in and out, as Hugging Face's safetensors have them.
+"""Read and write model weights in Hugging Face's safetensors format.
 
-Two layouts can be read: transformers' own names, where ``mlp.experts.gate_up_proj [E, 2I, H]`` and
-``down_proj [E, H, I]`` hold all experts, and the published one, where every expert has its ``w1``,
-``w3 [I, H]`` and ``w2 [H, I]`` below ``block_sparse_moe.experts``. The published one is written, as
-transformers does; it reads both. Host memory holds one parameter at a time.
+Two layouts can be read. In transformers' own, ``mlp.experts.gate_up_proj [E, 2I, H]`` and
+``down_proj [E, H, I]`` hold all experts. In the published one every expert has ``w1``, ``w3 [I,
+H]`` and ``w2 [H, I]`` below ``block_sparse_moe.experts``. The published layout is written, as
+transformers itself writes it. Host memory holds one parameter at a time.
 """
 
 import json
@@ -21,14 +21,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trainer import hub
 from trainer.flags import BadInput
 
-# The published layout's names for what one expert has of each parameter; all but the last are
-# transposed there.
+# Parameter → the name of one expert's part in the published layout, where w1 and w3 are transposed
 EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-FILE_BYTES = 2 * 2**30  # of one written file, unless a single tensor has more
+FILE_BYTES = 2 * 2**30  # most bytes in a written file, unless a single tensor is larger
 
 
 def fetch(name_or_path: str, cache_dir: Path | None) -> Path:
-    """Return the directory of a model, downloaded if it is a name on the hub; raises BadInput."""
+    """Return a model's directory, downloading a model that the hub has; raises BadInput."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -47,10 +46,10 @@ def fetch(name_or_path: str, cache_dir: Path | None) -> Path:
 
 
 class Weights:
-    """The safetensors of one model directory, read tensor by tensor.
+    """The safetensors files of a model directory, read tensor by tensor.
 
-    Raises BadInput, also from :meth:`read`, for a file or a tensor that is missing or not as the
-    model has it.
+    The constructor and :meth:`read` raise BadInput for a file or tensor that is missing, damaged or
+    of another shape than the model's.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -76,9 +75,9 @@ class Weights:
             )
 
     def read(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return the parameter ``name`` on the host, in ``shape`` and the type it is stored in.
+        """Return the parameter ``name`` on the host, in the dtype of the file.
 
-        The shape is the trainer's, as ``experts.split_projections`` says.
+        ``name`` and ``shape`` are the trainer's, see ``experts.split_projections``.
         """
         if name in self._files:
             return self._tensor(name, shape)
@@ -107,7 +106,7 @@ class Weights:
             )
         file = self._files[key]
         try:
-            # Opened anew for each: what is mapped of a file stays in memory until it is closed.
+            # Reopened for each tensor: pages of a mapped file stay in memory until it is closed.
             with safe_open(file, framework="pt") as opened:
                 tensor = opened.get_tensor(key)
         except (OSError, SafetensorError) as error:
@@ -128,10 +127,10 @@ class Weights:
 
 
 def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write what ``MixtralForCausalLM.from_pretrained(directory)`` and ``AutoTokenizer`` load.
+    """Write weights, config and tokenizer for ``from_pretrained(directory)`` of transformers.
 
-    A model that is there is replaced. The first host writes; all of them must call this, because
-    each gives its shards.
+    An earlier model in the directory is replaced. All hosts must call this, because each one
+    provides its shards; the first one writes.
     """
     tensors = _published(model)
     if xr.process_index() > 0:
@@ -151,7 +150,7 @@ def save(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, director
     def flush() -> None:
         files.append(directory / f".model-{len(files) + 1:05}.safetensors")
         save_file(buffer, files[-1], {"format": "pt"})
-        files[-1].chmod(0o644)  # safetensors makes it its owner's alone
+        files[-1].chmod(0o644)  # safetensors gives access to its owner alone
         weight_map.update(dict.fromkeys(buffer, files[-1]))
         buffer.clear()
 
@@ -182,7 +181,7 @@ def _published_name(name: str) -> str:
 
 
 def _published(model: MixtralForCausalLM) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the model's parameters on the host, in the published layout."""
+    """Yield names and tensors of all parameters, on the host, in the published layout."""
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().cpu()
         module, _, last = _published_name(name).rpartition(".")

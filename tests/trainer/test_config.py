@@ -79,8 +79,8 @@ def test_a_number_may_be_written_as_an_integer(write_config: Callable[..., Path]
         ({"head_dim": 33}, ["head_dim", "33", "even"]),
         ({"hidden_act": "gelu"}, ["hidden_act", '"gelu"', '"silu"']),
         ({"output_router_logits": 1}, ["output_router_logits", "1", "true or false"]),
-        ({"model_type": "llama"}, ["no Mixtral", '"llama"', '"mixtral"']),
-        ({"model_type": ...}, ["no Mixtral", "null", '"mixtral"']),
+        ({"model_type": "llama"}, ["not a Mixtral", '"llama"', '"mixtral"']),
+        ({"model_type": ...}, ["not a Mixtral", "null", '"mixtral"']),
     ],
 )
 def test_a_wrong_config_is_refused(

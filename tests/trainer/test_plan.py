@@ -127,7 +127,7 @@ def test_a_loop_counts_once_for_every_layer_and_a_repeated_text_once():
 def test_a_collective_has_the_links_of_the_axes_that_it_spans(chip, topology, group, links):
     one = hlo.Collective("all-gather", "weights", 1e9, 1, tuple(group), 0)
     slice_ = Slice(CHIPS[chip], topology)
-    assert hlo.seconds(one, slice_) == pytest.approx(1e9 / (links * 100e9))
+    assert estimate.collective_time(one, slice_) == pytest.approx(1e9 / (links * 100e9))
 
 
 def test_a_kernel_is_bound_by_its_flops_or_its_bytes():
@@ -159,7 +159,7 @@ def test_a_compiler_that_dies_is_a_verdict_with_its_last_words(flags, monkeypatc
 
 def test_a_chip_that_libtpu_does_not_know_is_bad_input(flags, monkeypatch, capsys):
     monkeypatch.setattr(plan.importlib.metadata, "version", lambda _: "0.0.20")
-    monkeypatch.setattr(estimate, "measure", lambda *_: {"known": ["v4", "v5p"]})
+    monkeypatch.setattr(estimate, "measure", lambda *_: {"supported_chips": ["v4", "v5p"]})
     assert plan.main(flags(accelerator_type="v6e-256")) == plan.BAD_INPUT
     message = capsys.readouterr().err
     assert all(part in message for part in ("libtpu 0.0.20", "v6e", "v4, v5p"))

@@ -2,10 +2,11 @@
 
     python -m trainer.plan --accelerator_type v5p-256 <the trainer's flags>
 
-The step is the one that training runs; libtpu's own compiler compiles it in a process apart. Prints
-a table and writes plan.json, and the table as plan.txt, into the directory of ``--output_dir``.
+The step is the one that the training loop runs; libtpu compiles it in a process of its own. Prints
+a table, writes it as plan.txt, and the same numbers as plan.json, into ``--output_dir``.
 
-Exit codes: 0 the step fits, 2 bad input, 3 it does not fit the memory, 4 it does not compile.
+Exit codes: 0 the step fits the memory of the chips, 2 bad input, 3 the step does not fit, 4 it does
+not compile.
 """
 
 import argparse
@@ -38,17 +39,22 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     measured = estimate.measure(slice_, flags)
-    if "known" in measured:
+    if "supported_chips" in measured:
         libtpu = f"libtpu {importlib.metadata.version('libtpu')}"
-        known = ", ".join(measured["known"]) or "none that this project knows"
+        supported = ", ".join(measured["supported_chips"]) or "none of this project's chips"
         print(
-            f"error: {libtpu} does not know {slice_.chip.name}; the chips it does: {known}",
+            f"error: {libtpu} cannot compile for {slice_.chip.name}; it compiles for: {supported}. "
+            "Plan for one of these, or install the libtpu that the stack's lock file pins",
             file=sys.stderr,
         )
         return BAD_INPUT
     plan = estimate.verdict(arguments, slice_, measured)
     if plan["fits"] is False:
-        print(f"does not fit {slice_}; compiling what should", file=sys.stderr, flush=True)
+        print(
+            f"does not fit {slice_}; compiling smaller batches and larger slices",
+            file=sys.stderr,
+            flush=True,
+        )
         plan["what_to_change"] = estimate.what_fits(arguments, slice_, flags, measured)
     arguments.training.output_dir.mkdir(parents=True, exist_ok=True)
     metrics.write_json(arguments.training.output_dir / "plan.json", plan)
@@ -61,16 +67,26 @@ def main(argv: list[str]) -> int:
 
 
 def read(argv: list[str]) -> tuple[Slice, Arguments, list[str]]:
-    """Return the slice, the trainer's arguments, and the trainer's flags as they were given.
+    """Return the slice, the trainer's arguments, and the trainer's flags as given in ``argv``.
 
-    Raises BadInput or ValueError for what cannot work on any slice or not on this one.
+    Raises BadInput or ValueError for flags that cannot work, on any slice or on this one.
     """
     parser = _Parser(
-        prog="python -m trainer.plan", allow_abbrev=False, epilog="All others are the trainer's."
+        prog="python -m trainer.plan",
+        allow_abbrev=False,
+        epilog="All other flags are the trainer's.",
     )
-    parser.add_argument("--accelerator_type", required=True, help="as v5p-256; or v5p")
-    parser.add_argument("--topology", default="", help="as 4x4x8; by default that of the type")
-    parser.add_argument("--slices", type=int, default=1, help="how many such slices")
+    parser.add_argument(
+        "--accelerator_type",
+        required=True,
+        help="such as v5p-256; or, with --topology, the chip alone: v5p",
+    )
+    parser.add_argument(
+        "--topology", default="", help="such as 4x4x8 (default: that of --accelerator_type)"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="number of such slices that train together"
+    )
     options, flags = parser.parse_known_args(argv)
     if options.slices < 1:
         raise BadInput(f"--slices is {options.slices}; it must be at least 1")
@@ -81,7 +97,8 @@ def read(argv: list[str]) -> tuple[Slice, Arguments, list[str]]:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
         raise BadInput(
-            "there is no libtpu here, whose compiler the plan needs; run it in the trainer's image"
+            "libtpu is not installed, whose compiler the plan needs; run the plan in the trainer's "
+            "image"
         ) from None
     return slice_, arguments, flags
 

@@ -1,13 +1,14 @@
-"""The training step as a program for a TPU slice, traced and compiled without one.
+"""Trace the training step and compile it for a TPU slice, on a machine without a TPU.
 
     python -m trainer.plan.compile RESULT ACCELERATOR_TYPE TOPOLOGY SLICES <the trainer's flags>
 
-writes what trainer.plan asks for, as JSON, to the file RESULT. A program of its own, because libtpu
-may end the process instead of raising.
+writes the measurements that ``trainer.plan`` needs, as JSON, to the file RESULT. ``trainer.plan``
+runs it in a process of its own, because libtpu may abort the process instead of raising.
 
-The tracing process has one CPU device and no weights: parameters, moments and tokens are
-placeholders, shapes without data. Their shardings, which torch_xla keeps with the data, are
-written on the arguments of the program. libtpu holds the TPU's compiler, which needs no TPU.
+This process has one CPU device and no weights: parameters, moments and tokens are placeholders,
+shapes without data. torch_xla keeps a tensor's sharding with its data, so the shardings of the
+placeholders are written on the traced program's arguments instead. libtpu contains the TPU's
+compiler, which needs no TPU.
 """
 
 import json
@@ -30,7 +31,7 @@ from trainer.plan import hlo
 from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
 from trainer.validation import parse
 
-# The TPU exists only as a topology, and nothing is to be looked for.
+# libtpu knows the TPU as a topology only: neither JAX nor libtpu may look for a real one.
 ENVIRONMENT = {
     "PJRT_DEVICE": "CPU",
     "CPU_NUM_DEVICES": "1",
@@ -42,25 +43,25 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Lowered:
-    """A step that is ready for the compiler, and what one chip holds of its state."""
+    """A traced step, ready for the compiler."""
 
-    module: str
-    weight_bytes: int
-    optimizer_bytes: int
-    weights: frozenset[tuple[int, ...]]  # shapes, as a device has them after gathering
-    trace_seconds: float  # without importing
+    module: str  # MLIR (StableHLO), with shardings
+    weight_bytes: int  # on one chip
+    optimizer_bytes: int  # on one chip
+    weights: frozenset[tuple[int, ...]]  # the shapes of the weights after the all-gather over fsdp
+    trace_seconds: float  # without the imports
 
 
-def pretend_to_be(slice_: Slice) -> None:
-    """Let this process call itself a TPU with the slice's devices: it is good for nothing else."""
+def trace_for(slice_: Slice) -> None:
+    """Make torch_xla and JAX trace as on ``slice_``. This process can run nothing afterwards."""
     import torch
     import torch_xla
     import torch_xla.runtime as xr
     from jax._src import stages
 
     xr.use_spmd()
-    torch.zeros(1).to(torch_xla.device()).cpu()  # XLA's client exists before the first backward
-    # The trainer chooses, and JAX lowers, the kernels of a TPU.
+    torch.zeros(1).to(torch_xla.device()).cpu()  # XLA's client must exist before any backward
+    # The trainer must choose the TPU's kernels, and JAX lower them for TPU.
     xr.device_type = lambda: "TPU"
     tpu.current_chip = lambda: slice_.chip
     lower = stages.Traced.lower
@@ -71,84 +72,68 @@ def pretend_to_be(slice_: Slice) -> None:
 
 
 def trace(arguments: Arguments, slice_: Slice) -> Lowered:
-    """Return one step as it runs on ``slice_``: forward, backward, clipping and update."""
+    """Return the training step as traced for ``slice_``: forward, backward, clipping and update."""
     import torch
     import torch_xla
     from jaxlib import _jax
 
-    pretend_to_be(slice_)
+    trace_for(slice_)
 
-    from trainer import loop, model, sharding
-    from trainer.optimizer import Adafactor
+    from trainer import model, sharding
+    from trainer.step import StepOptions, TrainStep, build_model
 
     began = time.monotonic()
-    tensor = arguments.model.tensor_devices
-    sharding.make_mesh(slice_.chips, tensor=tensor, slices=slice_.slices)
-    mixtral = model.build(
-        arguments.config,
-        experts_mode=arguments.model.experts_mode,
-        flash_attention=arguments.model.flash_attention,
-        dtype=getattr(torch, arguments.model.torch_dtype),
-    )
+    options = StepOptions.from_arguments(arguments)
+    mixtral = build_model(arguments.config, options, devices=slice_.chips, slices=slice_.slices)
 
-    def shape_only(_: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def placeholder(_: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
-    model.load(mixtral, shape_only)
-    training = arguments.training
-    optimizer = Adafactor(
-        mixtral.named_parameters(), shape_only, weight_decay=training.weight_decay
-    )
+    sharding.placeholders.clear()
+    model.load(mixtral, placeholder)
+    train_step = TrainStep(options, mixtral, placeholder)
 
     def batch(dtype: torch.dtype) -> torch.Tensor:
-        shape = (training.global_batch, arguments.data.block_size)
+        shape = (arguments.training.global_batch, arguments.data.block_size)
         empty = torch.empty(shape, dtype=dtype, device="meta")
         return sharding.to_mesh(empty, sharding.BATCH_SHARDING)
 
     rates = torch.tensor([1e-3, 0.5]).to(torch_xla.device())
-    torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)  # as in the loop
+    torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)  # as the training loop does
 
-    parameters, moments = list(mixtral.parameters()), list(optimizer.state.values())
+    parameters, moments = list(mixtral.parameters()), list(train_step.optimizer.state.values())
     before = [tensor.detach().clone() for tensor in (*parameters, *moments)]
-    measured = loop.train_step(
-        mixtral,
-        optimizer,
-        batch(torch.int64),
-        rates[0],
-        rates[1],
-        batch(torch.int32) if arguments.data.reset_attention_mask else None,
-        accumulation=training.gradient_accumulation_steps,
-        max_grad_norm=training.max_grad_norm,
-        recompute=arguments.fsdp.activation_checkpointing,
-    )
+    tokens = batch(torch.int64)
+    segments = batch(torch.int32) if options.isolate_documents else None
+    measured = train_step(tokens, segments, rates[0], rates[1])
     context = torch_xla._XLAC.lowering.LoweringContext("train_step")
     context.build([measured, *(tensor.detach() for tensor in (*parameters, *moments))])
     specs = {context.tensor_parameter_id(leaf): spec for leaf, spec in sharding.placeholders}
     updated = [context.tensor_parameter_id(leaf) for leaf in before]
     module = _jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(context.hlo()))
 
-    def held(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
+    def bytes_per_chip(tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         pairs = zip(tensors, indices, strict=True)
         return sum(one.nbytes // sharding.parts(specs[index]) for one, index in pairs)
 
     shapes = {
         tuple(
-            size // (tensor if axis == sharding.TENSOR else 1)
+            size // (options.tensor_devices if axis == sharding.TENSOR else 1)
             for size, axis in zip(one.shape, sharding.partition_spec(name), strict=True)
         )
         for name, one in mixtral.named_parameters()
     }
     return Lowered(
         _with_shardings(module, {i: _hlo_sharding(spec) for i, spec in specs.items()}, updated),
-        held(parameters, updated[: len(parameters)]),
-        held(moments, updated[len(parameters) :]),
+        bytes_per_chip(parameters, updated[: len(parameters)]),
+        bytes_per_chip(moments, updated[len(parameters) :]),
         frozenset(shapes),
         time.monotonic() - began,
     )
 
 
 def _hlo_sharding(spec: tuple) -> str:
-    """Return ``spec`` on the global mesh as XLA writes shardings."""
+    """Return ``spec`` on the global mesh, in XLA's notation of shardings."""
     import torch_xla.distributed.spmd as xs
 
     from trainer.sharding import AXES, size
@@ -166,7 +151,8 @@ def _hlo_sharding(spec: tuple) -> str:
 def _with_shardings(module: str, shardings: dict[int, str], updated: list[int]) -> str:
     """Return ``module`` with shardings on its arguments and results.
 
-    ``updated`` names the arguments that the results after the first one replace, in their memory.
+    ``shardings`` are by the argument's index. The results after the first are the updated weights
+    and moments; ``updated`` are the indices of the arguments whose memory they reuse.
     """
     from jax._src.interpreters import mlir
     from jaxlib.mlir import ir
@@ -209,7 +195,7 @@ def compile_(module: str, slice_: Slice) -> Any:
 
 
 def topology(slice_: Slice) -> list:
-    """Return libtpu's devices of a slice that is not there, by their ids."""
+    """Return libtpu's description of the slice's devices, ordered by id; needs no TPU."""
     from jax.experimental.topologies import get_topology_desc
 
     name = f"{slice_.chip.libtpu_name}:{'x'.join(map(str, slice_.topology))}"
@@ -224,20 +210,20 @@ def topology(slice_: Slice) -> list:
     return sorted(devices, key=lambda device: device.id)
 
 
-def knows(chip: Chip) -> bool:
-    """Whether the libtpu that is here compiles for a chip."""
+def compiles_for(chip: Chip) -> bool:
+    """Whether the installed libtpu can compile for ``chip``."""
     try:
         topology(Slice(chip, topology_of(chip, 4)))
-    except Exception:  # XlaRuntimeError, or that of another jaxlib
+    except Exception:  # XlaRuntimeError, whose module depends on jaxlib's version
         return False
     return True
 
 
 def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
-    """Trace and compile the step; return what is to be known of it, or how the compiler refused.
+    """Trace and compile the step; return its memory, work and collectives, or the error.
 
-    The key ``error`` is there only in the latter case, and ``hbm_bytes`` then where HBM was what it
-    lacked.
+    A step that does not compile has the compiler's message as ``error``, and ``hbm_bytes``, the
+    memory that the step would need, only if it ran out of HBM.
     """
     lowered = trace(arguments, slice_)
     layers = arguments.config["num_hidden_layers"]
@@ -252,7 +238,7 @@ def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
     try:
         began = time.monotonic()
         executable = compile_(lowered.module, slice_)
-    except Exception as error:  # XlaRuntimeError, whose text is all there is
+    except Exception as error:  # XlaRuntimeError: its text is all that the compiler reports
         used = re.search(
             r"Ran out of memory in memory space hbm\. Used ([\d.]+)([GMK])", str(error)
         )
@@ -279,7 +265,7 @@ def measure(arguments: Arguments, slice_: Slice) -> dict[str, Any]:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
         "program_bytes": memory.generated_code_size_in_bytes,
-        "collectives": [asdict(one) for one in compiled.collectives(lowered.module, sizes)],
+        "collectives": [asdict(each) for each in compiled.collectives(lowered.module, sizes)],
         "cycles": compiled.cycles(),
         "unestimated_bytes": compiled.unestimated_bytes(),
         "pallas_calls": compiled.pallas_calls(),
@@ -293,8 +279,10 @@ def main(argv: list[str]) -> None:
     os.environ |= ENVIRONMENT
     result, accelerator_type, topology_, slices, *flags = argv
     slice_ = parse_slice(accelerator_type, topology_, int(slices))
-    known = [chip.name for chip in CHIPS.values() if knows(chip)]
-    measured = measure(parse(flags), slice_) if slice_.chip.name in known else {"known": known}
+    supported = [chip.name for chip in CHIPS.values() if compiles_for(chip)]
+    measured = {"supported_chips": supported}
+    if slice_.chip.name in supported:
+        measured = measure(parse(flags), slice_)
     Path(result).write_text(json.dumps(measured), encoding="utf-8")
 
 

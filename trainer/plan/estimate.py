@@ -1,15 +1,19 @@
-"""What a plan says of a slice: memory, work and modelled time, from what the compiler made.
+"""Estimate a step on a slice from its compiled program: memory, work and modelled time.
 
-The step is traced and compiled by trainer.plan.compile, in a process of its own.
+``trainer.plan.compile`` traces and compiles the step, in a process of its own. Times are modelled,
+never measured; docs/plan.md has the formulas and the sources of the constants.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from trainer import metrics
 from trainer.arguments import Arguments
@@ -18,8 +22,8 @@ from trainer.plan import hlo
 from trainer.tpu import GIB, Chip, Slice, topology_of
 from trainer.validation import check_devices
 
-KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, that the modelled Pallas kernels reach
-# What a compiler that refuses says, and what to do about it
+KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, assumed of Pallas kernels
+# Part of a compiler's message → what to do about the error
 REMEDIES = {
     "Unsupported version: expected": "libtpu is older than the kernels that jax writes: install "
     "the libtpu that the stack's lock file pins",
@@ -29,7 +33,7 @@ REMEDIES = {
 
 
 def measure(slice_: Slice, flags: list[str]) -> dict[str, Any]:
-    """Return what trainer.plan.compile measures, in a process that libtpu may end."""
+    """Return what ``trainer.plan.compile`` measures, run in a process that libtpu may abort."""
     with tempfile.TemporaryDirectory() as directory:
         result, log = Path(directory, "result.json"), Path(directory, "log")
         command = [
@@ -46,7 +50,7 @@ def measure(slice_: Slice, flags: list[str]) -> dict[str, Any]:
 
 
 def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> dict[str, Any]:
-    """Return what plan.json says."""
+    """Return the content of plan.json."""
     config, block = arguments.config, arguments.data.block_size
     batch, chip = arguments.training.global_batch, slice_.chip
     plan = {
@@ -83,16 +87,17 @@ def verdict(arguments: Arguments, slice_: Slice, measured: dict[str, Any]) -> di
             plan["what_to_change"] = remedy
         return plan
     kernels = [hlo.Kernel(**kernel) for kernel in measured["kernels"]]
-    collectives = [hlo.Collective(**one) for one in measured["collectives"]]
+    collectives = [hlo.Collective(**collective) for collective in measured["collectives"]]
     products = {int(loop): count for loop, count in measured["products"].items()}
     plan |= {
-        "flops_per_chip": sum(one.flops * one.times for one in kernels) + sum(products.values()),
+        "flops_per_chip": sum(kernel.flops * kernel.times for kernel in kernels)
+        + sum(products.values()),
         "recomputed_flops_per_chip": hlo.recomputed(kernels, products),
         "collectives": list(hlo.summary(collectives)),
         "pallas_calls": measured["pallas_calls"],
         "rematerialised_by_compiler": measured["rematerialised"],
     }
-    operations: dict[int, float] = defaultdict(float)  # seconds, but for kernels and collectives
+    operations: dict[int, float] = defaultdict(float)  # seconds by loop, see model_time
     for loop, count in measured["cycles"].items():
         operations[int(loop)] += count / slice_.chip.clock_hz
     for loop, count in measured["unestimated_bytes"].items():
@@ -113,20 +118,25 @@ def model_time(
     model_flops: float,
     efficiency: float,
 ) -> dict[str, float]:
-    """Return the modelled step time in seconds, one after the other and overlapped, and the MFU.
+    """Return the modelled step time in seconds, without and with overlap, and the MFU.
 
-    ``operations`` has the seconds of what is neither a kernel nor a collective, by the loop over
-    the layers. docs/plan.md has the formula. Overlapped means that in each of these loops, and in
-    what is outside, the shorter of computation and communication hides behind the longer.
+    With overlap, the shorter of computation and communication hides behind the longer, in each loop
+    over the layers and outside of them. docs/plan.md has the formula.
+
+    Args:
+        operations: seconds of all that is neither a kernel nor a collective, by loop; 0: outside.
+        model_flops: of one step on one chip.
+        efficiency: the share of the chip's peak that the kernels reach.
     """
     chip = slice_.chip
     computing = defaultdict(float, operations)
     moving: dict[int, float] = defaultdict(float)
-    for one in kernels:
-        at_peak = one.flops / (chip.peak_bf16_flops * efficiency)
-        computing[one.loop] += one.times * max(at_peak, one.bytes / chip.hbm_bytes_per_s)
-    for one in collectives:
-        moving[one.loop] += one.times * hlo.seconds(one, slice_)
+    for kernel in kernels:
+        compute = kernel.flops / (chip.peak_bf16_flops * efficiency)
+        memory = kernel.bytes / chip.hbm_bytes_per_s
+        computing[kernel.loop] += kernel.times * max(compute, memory)
+    for collective in collectives:
+        moving[collective.loop] += collective.times * collective_time(collective, slice_)
     overlapped = sum(max(computing[loop], moving[loop]) for loop in {*computing, *moving})
     return {
         "step_time_s": sum(computing.values()) + sum(moving.values()),
@@ -137,13 +147,38 @@ def model_time(
     }
 
 
+def collective_time(collective: hlo.Collective, slice_: Slice) -> float:
+    """Return the seconds that one execution of a collective takes, alone on the slice's links.
+
+    The members of its group lie along some axes of the torus. Along an axis that is a ring a chip
+    receives from both neighbours at once, else from one. In two dimensions, rings are axes of 16
+    chips; in three, all axes of a slice made of whole cubes of 4 x 4 x 4, and of no other slice.
+    """
+    chip, shape = slice_.chip, slice_.topology
+    within = math.prod(shape)
+    if len({member // within for member in collective.group}) > 1:  # spans slices
+        return collective.bytes / (chip.dcn_bytes_per_s)
+    # Devices are numbered along x first.
+    members = [member % within for member in collective.group]
+    places = np.array(np.unravel_index(members, shape[::-1])).T[:, ::-1]
+    link = chip.ici_bytes_per_s / (4 * chip.dimensions)  # two links an axis, two directions a link
+    cubes = chip.dimensions == 3 and not any(side % 4 for side in shape)
+    links = sum(
+        2 if cubes or (chip.dimensions == 2 and side == 16) else 1
+        for side, along in zip(shape, places.T, strict=True)
+        if len(set(along)) > 1
+    )
+    return collective.bytes / (link * links) if links else 0.0
+
+
 def what_fits(
     arguments: Arguments, slice_: Slice, flags: list[str], measured: dict[str, Any]
 ) -> list[str]:
-    """Return what to change, tried by compiling: a smaller batch, a larger slice.
+    """Return changes with which the step fits, tried by compiling: batch size or slice.
 
-    Where to try first is known by proportion: a chip's state shrinks with the number of chips, what
-    else it holds with the batch. A tenth of HBM is to stay free, and two tries each have to do.
+    Candidates are found by proportion: weights and optimizer state per chip shrink with the number
+    of chips, all other memory with the batch, and a tenth of HBM is to stay free. At most two
+    batches and two slices are compiled.
     """
     batch, chip = arguments.training.per_device_train_batch_size, slice_.chip
     # The name that the batch was given by: both together are refused.
@@ -180,12 +215,18 @@ def what_fits(
             changes.append(f"{other} holds this batch: {_of_hbm(tried['hbm_bytes'], chip)}")
             break
     if not arguments.fsdp.activation_checkpointing:
-        changes.append("xla_fsdp_grad_ckpt in fsdp_config.json recomputes what it does not keep")
-    return changes or [f"no slice of {chip.name} that was tried holds a batch near this one"]
+        changes.append(
+            "xla_fsdp_grad_ckpt in fsdp_config.json, activation checkpointing, recomputes layers "
+            "in backward instead of keeping their activations"
+        )
+    return changes or [
+        f"no smaller batch and no larger slice of {chip.name} that was tried fits; give a smaller "
+        "--block_size or another chip"
+    ]
 
 
 def fits(measured: dict[str, Any], chip: Chip) -> bool:
-    """Whether what trainer.plan.compile measured compiles and fits the memory of a chip."""
+    """Whether a step, as ``trainer.plan.compile`` measured it, compiles and fits a chip's HBM."""
     return "error" not in measured and measured["hbm_bytes"] <= chip.hbm_bytes
 
 

@@ -1,8 +1,9 @@
-"""What a lowered and a compiled step compute and communicate, read from the programs themselves.
+"""Read from its program what a training step computes and communicates.
 
-FLOPs and Pallas kernels are counted in the lowered program (StableHLO), where shapes are whole and
-products are products. Collectives and cycles stand in the compiled one (optimized HLO), where they
-are what the compiler has made of them. A loop over the layers stands once in both.
+FLOPs and Pallas kernels are counted in the lowered program (StableHLO), which still has global
+shapes and explicit matrix products. Collectives and estimated cycles are read from the compiled
+program (optimized HLO), as the compiler has scheduled them. Both programs contain the body of a
+loop over the layers once, so its work counts once for every layer.
 """
 
 import json
@@ -11,41 +12,40 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from trainer.tpu import Slice
-
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _PRODUCTS = ("stablehlo.dot", "stablehlo.dot_general")
-_UNKNOWN_CYCLES = 2**62  # what is more means: not estimated
-_MOVES = ("copy", "fusion", "reshape", "sort")
+_UNKNOWN_CYCLES = 2**62  # from here on, a number of cycles means: not estimated
+_DATA_MOVEMENT = ("copy", "fusion", "reshape", "sort")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 _BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One Pallas call: what it computes and moves at one execution on one chip, and how often."""
+    """One Pallas call, as one chip executes it ``times`` times in a step."""
 
-    flops: float
-    bytes: float
+    flops: float  # of one execution
+    bytes: float  # read and written by one execution
     times: int
-    loop: int  # 0: outside; else the loop over the layers, counted from 1
+    loop: int  # the loop over the layers that contains it, counted from 1; 0: outside of them
     attention: bool = False
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of one chip: ``bytes`` come in over the network at each of ``times``."""
+    """One collective, as one chip executes it ``times`` times in a step."""
 
-    kind: str
-    moves: str
-    bytes: float
+    kind: str  # one of COLLECTIVES
+    moves: str  # weights, gradients, activations or other
+    bytes: float  # received over the network by one execution
     times: int
-    group: tuple[int, ...]
-    loop: int
+    group: tuple[int, ...]  # the chips of the first group that communicates
+    loop: int  # as in Kernel
 
 
 # The lowered program ---------------------------------------------------------------------------
@@ -54,8 +54,8 @@ class Collective:
 def lowered_work(module: str, layers: int, chips: int) -> tuple[list[Kernel], dict[int, float]]:
     """Return the Pallas kernels of the lowered step, and the FLOPs of its other matrix products.
 
-    The FLOPs are those of one chip, by the loop over the layers that they are in; 0 for none.
-    Raises ValueError for a kernel of which nobody says what it computes.
+    The FLOPs are those of one chip, by the loop over the layers that contains the products; 0 is
+    outside of these loops. Raises ValueError for a kernel whose FLOPs are unknown.
     """
     from jax._src.interpreters import mlir
     from jaxlib.mlir import ir
@@ -65,16 +65,17 @@ def lowered_work(module: str, layers: int, chips: int) -> tuple[list[Kernel], di
     products: dict[int, float] = defaultdict(float)
     loops = 0
 
-    def heavy(operation) -> bool:
+    def is_heavy(operation) -> bool:
+        """Whether an operation contains products or kernels, as only loops over layers do."""
         if operation.name in (*_PRODUCTS, "stablehlo.custom_call"):
             return True
         if operation.name == "func.call":
-            return heavy(functions[ir.FlatSymbolRefAttr(operation.attributes["callee"]).value])
+            return is_heavy(functions[ir.FlatSymbolRefAttr(operation.attributes["callee"]).value])
         blocks = (block for region in operation.regions for block in region)
-        return any(heavy(inner.operation) for block in blocks for inner in block)
+        return any(is_heavy(inner.operation) for block in blocks for inner in block)
 
     def visit(block, manual: set, times: int, loop: int) -> None:
-        """``manual`` holds the values of which every chip has its own."""
+        """Add a block's work; ``manual`` are the values of the manual region, one for each chip."""
         nonlocal loops
         for operation in (each.operation for each in block):
             name, attributes = operation.name, operation.attributes
@@ -101,7 +102,7 @@ def lowered_work(module: str, layers: int, chips: int) -> tuple[list[Kernel], di
                     body = inner.regions[0].blocks[0]
                 else:
                     body, inner_times, inner_loop = operation.regions[1].blocks[0], times, loop
-                    if not loop and heavy(operation):
+                    if not loop and is_heavy(operation):
                         loops += 1
                         inner_times, inner_loop = times * layers, loops
                 pairs = zip(body.arguments, operation.operands, strict=True)
@@ -117,12 +118,12 @@ def lowered_work(module: str, layers: int, chips: int) -> tuple[list[Kernel], di
 
 
 def _kernel_cost(operation) -> tuple[float, float, bool]:
-    """Return the FLOPs and bytes of a Pallas call, what it says itself or attention's formula, and
-    whether it is attention.
+    """Return the FLOPs and bytes of a Pallas call, and whether it is attention.
 
-    JAX's attention kernels say nothing. Each of their matrix products takes ``2 B heads T T D``
-    FLOPs, half of them for causal masks; forward has two, backward three for the queries' gradient
-    and four for that of keys and values.
+    They are the call's own ``cost_estimate``. JAX's attention kernels have none: each of their
+    matrix products counts ``2 B heads T T D`` FLOPs, halved for the causal mask. The forward kernel
+    has two products, the backward kernels three (gradient of the queries) and four (of keys and
+    values).
     """
     from jaxlib.mlir import ir
 
@@ -137,13 +138,13 @@ def _kernel_cost(operation) -> tuple[float, float, bool]:
         results += [(tuple(map(int, dims.split("x")[:-1])), element) for dims, element in parts]
     wide = [(tuple(each.shape), str(each.element_type)) for each in operands]
 
-    # [B, heads, T, D]; with one sequence there is no B. What is not floating point is the mask.
+    # Shaped [B, heads, T, D], or without B for one sequence; the mask is not floating point.
     def is_tensor(each) -> bool:
         return len(each[0]) in (3, 4) and each[1] in ("bf16", "f32")
 
     query = next(filter(is_tensor, wide), None)
     if query is None:
-        raise ValueError("a Pallas call has no cost_estimate and is no attention: " + str(wide))
+        raise ValueError(f"a Pallas call has no cost_estimate and is not attention: {wide}")
 
     def is_head(each) -> bool:
         return is_tensor(each) and each[0][-2:] == query[0][-2:] and each[1] == query[1]
@@ -157,14 +158,14 @@ def _kernel_cost(operation) -> tuple[float, float, bool]:
 
 
 def recomputed(kernels: list[Kernel], products: dict[int, float]) -> float:
-    """Return the FLOPs of forward that the loops of backward repeat.
+    """Return the FLOPs of the forward pass that the backward loops compute again.
 
-    Every second loop is backward's, after its forward. Without repeating anything it takes twice
-    the products of forward, and of attention's kernels seven for every two.
+    Loops alternate: forward, then its backward. Without recomputation, backward takes twice the
+    FLOPs of forward, and in attention's kernels 3.5 times (seven products to two).
     """
     forward: dict[bool, float] = defaultdict(float)
     backward: dict[bool, float] = defaultdict(float)
-    work = [(one.loop, one.attention, one.flops * one.times) for one in kernels]
+    work = [(kernel.loop, kernel.attention, kernel.flops * kernel.times) for kernel in kernels]
     for loop, attention, flops in [*work, *((loop, False, n) for loop, n in products.items())]:
         if loop:
             (forward if loop % 2 else backward)[attention] += flops
@@ -185,7 +186,7 @@ class _Instruction:
 
 
 class Compiled:
-    """The text of a compiled program, by computation, and how often each of them runs."""
+    """A compiled program, parsed from its text: its computations, and how often each one runs."""
 
     def __init__(self, text: str, layers: int) -> None:
         self.computations: dict[str, list[_Instruction]] = {}
@@ -208,104 +209,118 @@ class Compiled:
         self.loop[name] = loop
         if fused:
             self.fused.add(name)
-        for one in self.computations[name]:
-            if one.operation == "while":
-                body = re.search(r"body=%([^\s,]+)", one.line)[1]
+        for instruction in self.computations[name]:
+            if instruction.operation == "while":
+                body = re.search(r"body=%([^\s,]+)", instruction.line)[1]
                 inner, inner_loop = times, loop
                 if not loop and self._heavy(body):
                     self._loops += 1
                     inner, inner_loop = times * layers, self._loops
                 self._visit(body, inner, inner_loop, layers, fused)
             else:
-                for called in re.findall(r"(?:calls|called_computations)=\{?%([^\s,}]+)", one.line):
+                for called in re.findall(
+                    r"(?:calls|called_computations)=\{?%([^\s,}]+)", instruction.line
+                ):
                     self._visit(called, times, loop, layers, True)
 
     def _heavy(self, name: str) -> bool:
-        """Whether a loop is one over layers: it holds a kernel or a collective."""
-        for one in self.computations[name]:
-            if one.operation.removesuffix("-start") in COLLECTIVES or "tpu_custom_call" in one.line:
+        """Whether a computation has a kernel or a collective, as only loops over layers do."""
+        for instruction in self.computations[name]:
+            if (
+                instruction.operation.removesuffix("-start") in COLLECTIVES
+                or "tpu_custom_call" in instruction.line
+            ):
                 return True
-            if any(map(self._heavy, re.findall(r"(?:calls|body)=%([^\s,}]+)", one.line))):
+            if any(map(self._heavy, re.findall(r"(?:calls|body)=%([^\s,}]+)", instruction.line))):
                 return True
         return False
 
     def cycles(self) -> dict[int, float]:
-        """Return the compiler's own estimates, by the loop over the layers; 0 for none."""
+        """Return the cycles that the compiler estimates, by loop over the layers; 0: outside."""
         total: dict[int, float] = defaultdict(float)
-        for one, times, loop in self._steps():
-            total[loop] += (_estimate(one) or 0) * times
+        for instruction, times, loop in self._steps():
+            total[loop] += (_estimate(instruction) or 0) * times
         return dict(total)
 
     def unestimated_bytes(self) -> dict[int, float]:
-        """Return the bytes that are moved where the compiler estimates nothing, as to gather rows.
+        """Return the bytes that instructions without an estimate move, such as gathers of rows.
 
-        By the loop; what is written is taken to have been read once.
+        They are by the loop, as in :meth:`cycles`, and count twice, as read and as written.
         """
         total: dict[int, float] = defaultdict(float)
-        for one, times, loop in self._steps():
-            moves = one.operation in _MOVES and not one.name.startswith("async-collective")
-            if moves and _estimate(one) is None:
-                shapes = _shapes(one.shape)
+        for instruction, times, loop in self._steps():
+            moves = instruction.operation in _DATA_MOVEMENT and not instruction.name.startswith(
+                "async-collective"
+            )
+            if moves and _estimate(instruction) is None:
+                shapes = _shapes(instruction.shape)
                 total[loop] += 2 * times * sum(math.prod(d) * _BYTES[e] for e, d in shapes)
         return dict(total)
 
     def _steps(self) -> Iterator[tuple[_Instruction, int, int]]:
-        """Yield what runs as one instruction, how often, and in which loop."""
+        """Yield each scheduled instruction (a fusion is one), how often it runs, and its loop."""
         for name, times in self.times.items():
-            for one in self.computations[name] if name not in self.fused else ():
-                yield one, times, self.loop[name]
+            for instruction in self.computations[name] if name not in self.fused else ():
+                yield instruction, times, self.loop[name]
 
     def pallas_calls(self) -> int:
-        """Return how many Pallas kernels stand in the program."""
-        everything = (one.line for lines in self.computations.values() for one in lines)
-        return sum('custom_call_target="tpu_custom_call"' in line for line in everything)
+        """Return how many Pallas calls the program's text has; one in a loop counts once."""
+        lines = (each.line for each in chain.from_iterable(self.computations.values()))
+        return sum('custom_call_target="tpu_custom_call"' in line for line in lines)
 
     def rematerialised(self) -> int:
-        """Return how many instructions the compiler itself repeats to save memory."""
-        everything = (one.name for lines in self.computations.values() for one in lines)
-        return sum(".remat" in name for name in everything)
+        """Return how many instructions the compiler recomputes on its own to save memory."""
+        names = (each.name for each in chain.from_iterable(self.computations.values()))
+        return sum(".remat" in name for name in names)
 
     def collectives(self, module: str, sizes: "Sizes") -> list[Collective]:
-        """Return every collective once; ``module`` is the lowered program that it came from."""
+        """Return every collective once; ``module`` is the lowered program it was compiled from."""
         source = module.splitlines()
         seen = set()
         found = []
         for name, times in self.times.items():
-            for one in self.computations[name]:
-                kind = one.operation.removesuffix("-start")
+            for instruction in self.computations[name]:
+                kind = instruction.operation.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
-                # Overlapped with several fusions, one collective stands in each of them.
-                chain = re.search(r'chain_id="(\d+)"', one.line)
-                channel = re.search(r"channel_id=(\d+)", one.line)
-                key = (channel and channel[1], chain[1], one.shape) if chain else one.name
+                # A collective that overlaps with several fusions is in the text of each of them.
+                overlapped = re.search(r'chain_id="(\d+)"', instruction.line)
+                channel = re.search(r"channel_id=(\d+)", instruction.line)
+                key = instruction.name
+                if overlapped:
+                    key = (channel and channel[1], overlapped[1], instruction.shape)
                 if key in seen:
                     continue
                 seen.add(key)
-                group = _first_group(one.line)
-                shapes = _shapes(one.shape)
-                shapes = shapes[-1:] if one.operation.endswith("-start") else shapes
+                group = _first_group(instruction.line)
+                shapes = _shapes(instruction.shape)
+                shapes = shapes[-1:] if instruction.operation.endswith("-start") else shapes
                 size = sum(math.prod(dims) * _BYTES[element] for element, dims in shapes)
-                line = re.search(r"source_line=(\d+)", one.line)
+                line = re.search(r"source_line=(\d+)", instruction.line)
                 lowered = source[int(line[1]) - 1] if line else ""
-                # Gathered over all of a torus at once, a weight is written into zeros and summed.
-                gathers = kind == "all-gather" or f"{kind}(%dynamic-update-slice" in one.line
-                moves = sizes.moved(gathers, lowered, max(shapes, key=lambda it: math.prod(it[1])))
-                if self.loop[name] and not gathers:  # the partitioner adds nothing there
+                # Over all of a torus at once, the compiler turns an all-gather into an all-reduce
+                # of shards written into zeros.
+                gathers = (
+                    kind == "all-gather" or f"{kind}(%dynamic-update-slice" in instruction.line
+                )
+                moves = sizes.moved(
+                    gathers, lowered, max(shapes, key=lambda shape: math.prod(shape[1]))
+                )
+                if self.loop[name] and not gathers:  # in the layers, all collectives are explicit
                     moves = "activations" if group == sizes.tensor_group else "gradients"
                 incoming = size * _share(kind, len(group))
                 found.append(Collective(kind, moves, incoming, times, group, self.loop[name]))
         return found
 
 
-def _estimate(one: _Instruction) -> int | None:
-    """Return the cycles that the compiler estimates for an instruction; None where it does not."""
-    found = re.search(r'"estimated_cycles":"(\d+)"', one.line)
+def _estimate(instruction: _Instruction) -> int | None:
+    """Return the cycles that the compiler estimates for an instruction; None: no estimate."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', instruction.line)
     return int(found[1]) if found and int(found[1]) < _UNKNOWN_CYCLES else None
 
 
 def _share(kind: str, members: int) -> float:
-    """Return what comes in over the network at each member, as a multiple of its result."""
+    """Return the bytes that each member receives over the network, relative to its result's."""
     rest = (members - 1) / members
     return {"all-reduce": 2 * rest, "reduce-scatter": members - 1, "collective-permute": 1}.get(
         kind, rest
@@ -318,7 +333,7 @@ def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _first_group(line: str) -> tuple[int, ...]:
-    """Return the first of a collective's groups of devices."""
+    """Return the devices of a collective's first group."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return tuple(map(int, listed[1].split(",")))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
@@ -333,27 +348,24 @@ def _first_group(line: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What tells tokens from weights in a shape: sequences on a chip, their length, parameters.
+    """The sizes that distinguish activations from weights in a collective's shape."""
 
-    ``tensor`` is over how many chips heads and experts are split.
-    """
-
-    sequences: int
-    length: int
-    weights: frozenset[tuple[int, ...]]
-    tensor: int = 1
+    sequences: int  # on one chip
+    length: int  # tokens in a sequence
+    weights: frozenset[tuple[int, ...]]  # shapes of the parameters after the all-gather over fsdp
+    tensor: int = 1  # size of the tensor-parallel axis
 
     @property
     def tensor_group(self) -> tuple[int, ...] | None:
-        """The first group of chips that sum up activations; None where each has whole heads."""
+        """The first chips along the tensor-parallel axis; None where the axis has one chip."""
         return tuple(range(self.tensor)) if self.tensor > 1 else None
 
     def moved(self, gathers: bool, lowered: str, shape: tuple[str, tuple[int, ...]]) -> str:
         """Return what a collective moves: weights, gradients, activations or other.
 
-        ``lowered`` is the line of the lowered program that it came from. The model's own
-        collectives gather weights and scatter gradients; what the partitioner has added, or the
-        compiler has combined, is known by its largest shape.
+        ``lowered`` is the line of the lowered program that the collective was compiled from. The
+        model's own collectives gather weights and scatter gradients. A collective that the
+        partitioner added, or the compiler combined, is classified by its largest ``shape``.
         """
         element, dims = shape
         if '"stablehlo.all_gather"' in lowered:
@@ -361,7 +373,8 @@ class Sizes:
         if '"stablehlo.reduce_scatter"' in lowered:
             return "gradients"
         if any(
-            self._is_part(tuple(size for size in dims if size > 1), one) for one in self.weights
+            self._is_part(tuple(size for size in dims if size > 1), weight)
+            for weight in self.weights
         ):
             return "weights" if gathers else "gradients"
         tokens = {self.length, self.length - 1, self.sequences * self.length}
@@ -372,7 +385,7 @@ class Sizes:
 
     @staticmethod
     def _is_part(dims: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-        """Whether ``dims`` is a weight, whole or split along one dimension."""
+        """Whether ``dims`` is the shape of ``weight``, whole or split along one dimension."""
         if len(dims) != len(weight):
             return False
         split = [(a, b) for a, b in zip(dims, weight, strict=True) if a != b]
@@ -380,38 +393,15 @@ class Sizes:
 
 
 def summary(collectives: list[Collective]) -> Iterator[dict[str, Any]]:
-    """Yield the collectives of the same kind that move the same, those of the layers apart."""
+    """Yield the sums over the collectives of each kind, of what they move, in and out of layers."""
     groups = defaultdict(list)
-    for one in collectives:
-        groups[one.kind, one.moves, one.loop > 0].append(one)
+    for collective in collectives:
+        groups[collective.kind, collective.moves, collective.loop > 0].append(collective)
     for (kind, moves, in_layers), members in sorted(groups.items()):
         yield {
             "kind": kind,
             "moves": moves,
             "in_layers": in_layers,
-            "count": sum(one.times for one in members),
-            "bytes_per_chip": round(sum(one.bytes * one.times for one in members)),
+            "count": sum(member.times for member in members),
+            "bytes_per_chip": round(sum(member.bytes * member.times for member in members)),
         }
-
-
-def seconds(one: Collective, slice_: Slice) -> float:
-    """Return how long one execution of a collective takes over the slice's links, if it is alone.
-
-    The members of a group lie along some of the torus' axes. Along each a chip takes in from both
-    neighbours at once where the axis is a ring, else from one. Rings are axes of 16 chips in two
-    dimensions; in three all, but only of slices that are made of whole cubes of 4 x 4 x 4.
-    """
-    chip, shape = slice_.chip, slice_.topology
-    within = math.prod(shape)
-    if len({member // within for member in one.group}) > 1:
-        return one.bytes / (chip.dcn_bytes_per_s)
-    # Devices count along x first.
-    places = np.array(np.unravel_index([m % within for m in one.group], shape[::-1])).T[:, ::-1]
-    link = chip.ici_bytes_per_s / (4 * chip.dimensions)  # two links an axis, two directions a link
-    cubes = chip.dimensions == 3 and not any(side % 4 for side in shape)
-    ways = sum(
-        2 if cubes or (chip.dimensions == 2 and side == 16) else 1
-        for side, along in zip(shape, places.T, strict=True)
-        if len(set(along)) > 1
-    )
-    return one.bytes / (link * ways) if ways else 0.0

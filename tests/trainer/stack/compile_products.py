@@ -42,6 +42,6 @@ def traced(cases: list[str]) -> str:
 if __name__ == "__main__":
     os.environ |= compiling.ENVIRONMENT
     slice_ = parse_slice(sys.argv[1])
-    compiling.pretend_to_be(slice_)
+    compiling.trace_for(slice_)
     executable = compiling.compile_(traced(sys.argv[2:]), slice_)
     print(Compiled(executable.hlo_modules()[0].to_string(), 1).pallas_calls())

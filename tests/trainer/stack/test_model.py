@@ -16,6 +16,7 @@ from tests.trainer.stack.layout import as_transformers
 from trainer import experts, loop, model
 from trainer.data import Blocks, validation_batches
 from trainer.sharding import BATCH_SHARDING, local_rows, make_mesh, shard
+from trainer.step import StepOptions, TrainStep
 
 TINY = {
     "model_type": "mixtral",
@@ -163,7 +164,18 @@ def test_an_evaluation_has_every_predicted_token_once(isolate, devices):
     ends = np.cumsum(lengths)
     text = Blocks(batch.int().numpy(), bytes_per_token=1.0, tokenizer=None, ends=ends)
     batches = validation_batches(text, local_rows(8), 8, isolate)
-    found = loop.evaluate(built, batches, recompute=True)
+    options = StepOptions(
+        experts_mode="gmm",
+        flash_attention=False,
+        dtype="float32",
+        tensor_devices=1,
+        recompute=True,
+        isolate_documents=isolate,
+        accumulation=1,
+        max_grad_norm=1.0,
+        weight_decay=0.0,
+    )
+    found = loop.evaluate(TrainStep(options, built), batches)
 
     eager = eager_of(built, config)
     borders = sorted({*range(0, batch.numel() + 1, batch.shape[1]), *(ends if isolate else ())})
