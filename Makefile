@@ -30,7 +30,7 @@ stop: $(READY) ## Stop the training on this machine
 	ansible-playbook stop.yml
 
 .PHONY: once
-once: $(READY) ## A TPU slice for one run, surely deleted: make once SLICE='-e accelerator_type=v5p-16'
+once: $(READY) ## Create a TPU slice, train, delete the slice: make once SLICE='-e accelerator_type=v5p-16'
 	@playbooks/train_and_delete.sh
 
 .PHONY: simulated-slice
