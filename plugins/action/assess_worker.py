@@ -179,14 +179,14 @@ def image_errors(name: str, images: list[Mapping[str, Any]], identity: str) -> I
     allows every image.
     """
     if not images:
-        yield f"There is no image {name}. Ship the image: ansible-playbook site.yml"
+        yield f"There is no image {name}. Install the image: ansible-playbook site.yml"
         return
     existing = (images[0]["Config"]["Labels"] or {}).get(IDENTITY, "")
     if identity and existing != identity:
         yield (
             f"The image {name} was built from other files ({IDENTITY} is "
             f"{existing[:12] or 'not set'}) than those on the controller ({identity[:12]}). "
-            "Ship the controller's image: ansible-playbook site.yml"
+            "Install the controller's image: ansible-playbook site.yml"
         )
 
 

@@ -80,7 +80,7 @@ def test_an_image_of_another_identity(train: Start, w1: Worker) -> None:
     assert code != 0
     assert "worker sim-w1" in run.table
     assert "of-another-t" in run.table
-    assert "Bring the right one: ansible-playbook site.yml" in run.table
+    assert "Install the controller's image: ansible-playbook site.yml" in run.table
     assert "worker sim-w0" not in run.table
 
 

@@ -98,7 +98,7 @@ def test_the_launch_is_not_for_a_part_of_a_slice(finished: Callable[..., Playboo
 def test_every_worker_needs_a_fork(finished: Callable[..., Playbook]) -> None:
     run = finished("train.yml", "--forks=1")
     assert run.code != 0
-    assert "2 workers, but only 1 of them at a time: run with --forks 2" in run.table
+    assert "There are 2 workers, but Ansible has only 1 forks: run with --forks 2" in run.table
 
 
 def test_check_mode_starts_nothing(
@@ -129,7 +129,7 @@ def test_a_run_is_stopped_on_every_worker_and_resumed(
 ) -> None:
     refused = finished("train.yml", gmm=True, max_steps=STEPS, resume="must")
     assert refused.code != 0
-    assert "resume is must, and there is no checkpoint" in refused.table
+    assert "resume is must, and this worker has no checkpoint of" in refused.table
     flags = SMALL_MODEL | {"gmm": True, "save_strategy": "steps", "run_name": "interrupted"}
     run = playbook("train.yml", train_runs_dir=str(runs.directory), max_steps=1_000_000, **flags)
     run.wait_for(" step ")
