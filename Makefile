@@ -80,7 +80,7 @@ test-stack: $(READY) ## The trainer's own tests, inside its image, on this tree
 	$(call in_image,1) tests/trainer/stack/test_model.py tests/trainer/stack/test_optimizer.py
 
 # Beside the scenarios, of which some are timed, it gets what they leave of the processors.
-in_image = docker run --rm --cpu-shares 64 --volume "$(CURDIR):/src:ro" --workdir /src \
+in_image = docker run --rm --cpu-shares 512 --volume "$(CURDIR):/src:ro" --workdir /src \
   --env CPU_NUM_DEVICES=$1 --env PYTHONDONTWRITEBYTECODE=1 \
   --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider --durations=10
 

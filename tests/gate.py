@@ -2,41 +2,40 @@
 
     python tests/gate.py
 
-A part is a target of the Makefile. The parts of a stage run side by side, and the next stage begins
-when all of them are well. The exit code is 0 if every part was run and is well, else 1.
+A part is a target of the Makefile. It begins as soon as the parts that it needs have passed, beside
+whatever runs then. After a failure no further part begins, and those that run are waited for. The
+exit code is 0 if every part has passed, else 1.
 """
 
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-# What waits stands beside what computes: the scenarios beside the image's tests. What measures, as
-# e2e does, is alone. The first part of a stage is on the screen.
-STAGES = [["setup"], ["site", "quick"], ["molecule", "test-stack"], ["e2e"]]
+# Each part with those that it needs. The scenarios, which mostly wait, run beside what computes; e2e,
+# which measures, runs alone.
+PARTS = {
+    "setup": [],
+    "site": ["setup"],
+    "quick": ["setup"],
+    "molecule": ["site"],
+    "test-stack": ["site", "quick"],
+    "e2e": ["molecule", "test-stack"],
+}
+# The output of these goes into a file below LOGS, and to the screen when the part has ended.
+IN_BACKGROUND = {"quick", "test-stack"}
 LOGS = Path(".cache/gate")
 
 
-def run(stage: list[str]) -> Iterator[tuple[str, int, float]]:
-    """Run a stage's parts; yields each one's name, exit code and seconds when it has ended.
-
-    The output of those that are not on the screen is in LOGS meanwhile, and printed at the end.
-    """
-    shown, *others = stage
+def start(part: str) -> subprocess.Popen:
+    """Start a part."""
+    if part not in IN_BACKGROUND:
+        return subprocess.Popen(["make", part])
     LOGS.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    running = {shown: subprocess.Popen(["make", shown])}
-    for part in others:
-        log = (LOGS / f"{part}.log").open("wb")
-        running[part] = subprocess.Popen(["make", part], stdout=log, stderr=subprocess.STDOUT)
-        print(f"make {part} runs beside make {shown}, into {log.name}", flush=True)
-    while running:
-        time.sleep(0.1)
-        for part in [part for part, process in running.items() if process.poll() is not None]:
-            yield part, running.pop(part).returncode, time.monotonic() - began
-    for part in others:
-        print(f"\nmake {part}:\n{(LOGS / f'{part}.log').read_text(errors='replace')}", flush=True)
+    with (LOGS / f"{part}.log").open("wb") as log:
+        print(f"make {part} runs in the background, into {log.name}", flush=True)
+        return subprocess.Popen(["make", part], stdout=log, stderr=subprocess.STDOUT)
 
 
 def row(part: str, seconds: float, verdict: str) -> str:
@@ -45,23 +44,41 @@ def row(part: str, seconds: float, verdict: str) -> str:
 
 
 def main() -> int:
-    """Run the stages up to the first that is not well; print the table."""
+    """Run the parts in the order of their needs; print the table."""
     began = time.monotonic()
-    table = {part: (0.0, "not run") for stage in STAGES for part in stage}
+    table = dict.fromkeys(PARTS, (0.0, "not run"))
+    order = TopologicalSorter(PARTS)
+    order.prepare()
+    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    failed = False
     try:
-        for stage in STAGES:
-            table |= dict.fromkeys(stage, (0.0, "interrupted"))
-            for part, code, seconds in run(stage):
-                table[part] = seconds, f"failed, exit code {code}" if code else "well"
-            if any(table[part][1] != "well" for part in stage):
+        while order.is_active():
+            for part in () if failed else order.get_ready():
+                running[part] = start(part), time.monotonic()
+                table[part] = 0.0, "interrupted"
+            if not running:
                 break
+            time.sleep(0.1)
+            for part, (process, started) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[part]
+                code, seconds = process.returncode, time.monotonic() - started
+                table[part] = seconds, f"failed, exit code {code}" if code else "passed"
+                if part in IN_BACKGROUND:
+                    text = (LOGS / f"{part}.log").read_text(errors="replace")
+                    print(f"\nmake {part}:\n{text}", flush=True)
+                if code:
+                    failed = True
+                else:
+                    order.done(part)
     finally:
-        well = all(verdict == "well" for _, verdict in table.values())
+        passed = all(verdict == "passed" for _, verdict in table.values())
         print()
         for part, (seconds, verdict) in table.items():
             print(row(part, seconds, verdict))
-        print(row("make test", time.monotonic() - began, "well" if well else "failed"))
-    return 0 if well else 1
+        print(row("make test", time.monotonic() - began, "passed" if passed else "failed"))
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

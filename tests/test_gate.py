@@ -21,11 +21,11 @@ def gate(directory: Path, **fails: str) -> tuple[int, dict[str, str], str]:
     return done.returncode, {part: verdict for part, _, verdict in rows}, done.stdout
 
 
-def test_all_parts_are_run_and_said_to_be_well(tmp_path: Path) -> None:
+def test_all_parts_are_run_and_reported_as_passed(tmp_path: Path) -> None:
     code, verdicts, said = gate(tmp_path)
     assert code == 0
     parts = ["setup", "site", "quick", "molecule", "test-stack", "e2e", "make test"]
-    assert verdicts == dict.fromkeys(parts, "well")
+    assert verdicts == dict.fromkeys(parts, "passed")
     # Also what ran beside another part is on the screen in the end.
     assert all(f"this is {part}" in said for part in parts[:-1])
 
@@ -33,7 +33,7 @@ def test_all_parts_are_run_and_said_to_be_well(tmp_path: Path) -> None:
 def test_after_a_failure_the_rest_is_not_run(tmp_path: Path) -> None:
     code, verdicts, said = gate(tmp_path, **{"test-stack": "exit 3"})
     assert code == 1
-    assert verdicts["molecule"] == "well"
+    assert verdicts["molecule"] == "passed"
     assert verdicts["test-stack"] == "failed, exit code 2"  # that of make
     assert verdicts["e2e"] == "not run"
     assert verdicts["make test"] == "failed"
@@ -45,5 +45,5 @@ def test_a_part_on_the_screen_that_fails_does_not_end_the_one_beside_it(tmp_path
     code, verdicts, _ = gate(tmp_path, site="exit 1", quick="sleep 1")
     assert code == 1
     assert verdicts["site"].startswith("failed")
-    assert verdicts["quick"] == "well"
+    assert verdicts["quick"] == "passed"
     assert verdicts["molecule"] == verdicts["test-stack"] == verdicts["e2e"] == "not run"
