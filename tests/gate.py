@@ -13,8 +13,8 @@ import time
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-# Each part with those that it needs. The scenarios, which mostly wait, run beside what computes; e2e,
-# which measures, runs alone.
+# Each part with those that it needs. The scenarios, which mostly wait, run beside what computes.
+# e2e, which measures, runs alone.
 PARTS = {
     "setup": [],
     "site": ["setup"],
