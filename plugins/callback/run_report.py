@@ -105,11 +105,13 @@ def optional_results(report: dict[str, Any]) -> list[Row]:
         parts = [
             f"{kind} {spent / whole:.0%}" for kind, spent in split.items() if spent is not None
         ]
-        rows.append(("  went into", ", ".join(parts)))
+        rows.append(("  of which", ", ".join(parts)))
     if skew := report["skew"]:
         rows.append(("skew", f"{skew['ratio']:.3f}, the slowest is {skew['slowest']}"))
     if load := report["expert_load"]:
-        rows.append(("expert load", f"the fullest {load['max_over_mean']:.2f} times the mean"))
+        rows.append(
+            ("expert load", f"the busiest expert has {load['max_over_mean']:.2f} times the mean")
+        )
     if modelled := (report["plan"] or {}).get("modelled"):
         rows.append(
             (

@@ -45,9 +45,9 @@ def test_the_table_tells_what_was_measured():
     rows = dict(results(REPORT))
     assert rows["step time"] == "p50 15.200 s, p90 15.750 s (8 steps, device trace)"
     assert rows["  by the host clock"] == "p50 15.250 s (90 steps)"
-    assert rows["  went into"] == "compute 75%, communication 20%, idle 5%"
+    assert rows["  of which"] == "compute 75%, communication 20%, idle 5%"
     assert rows["skew"] == "1.031, the slowest is w1"
-    assert rows["expert load"] == "the fullest 1.20 times the mean"
+    assert rows["expert load"] == "the busiest expert has 1.20 times the mean"
     assert rows["the plan's model"].startswith("step 13.000 s, 9.500 s with communication hidden")
     assert (rows["  w0"], rows["  w1"]) == ("15.100 s", "15.200 s")
     assert rows["peak memory"] == "3.00 GiB"
