@@ -109,9 +109,8 @@ def optional_results(report: dict[str, Any]) -> list[Row]:
     if skew := report["skew"]:
         rows.append(("skew", f"{skew['ratio']:.3f}, the slowest is {skew['slowest']}"))
     if load := report["expert_load"]:
-        rows.append(
-            ("expert load", f"the busiest expert has {load['max_over_mean']:.2f} times the mean")
-        )
+        ratio = f"{load['max_over_mean']:.2f}"
+        rows.append(("expert load", f"the busiest expert has {ratio} times the mean"))
     if modelled := (report["plan"] or {}).get("modelled"):
         rows.append(
             (
