@@ -1,5 +1,5 @@
-"""Write the files that are derived: those that list the trainer's flags, every role's README.md,
-and docs/variables.md.
+"""Write the files that are derived: those that list the trainer's flags or chips, every role's
+README.md, and docs/variables.md.
 
 Every flag in trainer/arguments.py becomes an option of the role `train`, a default, and a public
 name. What stands by hand beside the generated text comes first: an option in argument_specs.yml, by
@@ -26,12 +26,16 @@ from jinja2 import nodes
 from plugins.action.check_variables import ALIASES, public_names, read_variables, role_options
 from trainer.arguments import GROUPS, NOT_COMPILED
 from trainer.flags import Flag, flags_of
+from trainer.tpu import CHIPS, topology_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPING = ROOT / "playbooks" / "group_vars" / "all"
 TRAIN = ROOT / "roles" / "train"
 BEGIN = "      # The trainer's flags: written by `make docs` from trainer/arguments.py\n"
 END = "      # The end of what `make docs` writes\n"
+PLAN = ROOT / "docs" / "plan.md"
+CONSTANTS = "<!-- Written by `make docs` from trainer/tpu.py. -->\n"
+END_OF_CONSTANTS = "<!-- The end of what `make docs` writes. -->\n"
 
 # Ansible's markup, as far as the roles use it
 MARKUP = [
@@ -162,6 +166,24 @@ def flag_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
     yield MAPPING / "flags.yml", text
 
 
+def chip_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
+    """Yield every file that lists the trainer's chips, with what should stand in it."""
+    # For the doctor, which runs without the trainer: libtpu's name of a slice of four chips, and
+    # libtpu's further options, by the chip's names in an accelerator type.
+    topologies = {}
+    for chip in CHIPS.values():
+        name = f"{chip.libtpu_name}:{'x'.join(map(str, topology_of(chip, 4)))}"
+        config = chip.libtpu_chip_config
+        options = {"chip_config_name": config} if config else {}
+        topologies |= dict.fromkeys((chip.name, chip.cloud_name), [name, options])
+    yield ROOT / "runtime/topologies.json", json.dumps(topologies, indent=2) + "\n"
+
+    head, rest = PLAN.read_text(encoding="utf-8").split(CONSTANTS)
+    tail = rest.split(END_OF_CONSTANTS)[1]
+    table = environment.get_template("constants.md.j2").render(chips=list(CHIPS.values()))
+    yield PLAN, head + CONSTANTS + table + END_OF_CONSTANTS + tail
+
+
 def sections() -> list[dict[str, Any]]:
     """Return the map of public names as its comments divide it: title, text, rows of a table.
 
@@ -225,6 +247,7 @@ def documents() -> Iterator[tuple[Path, str]]:
         "yaml": yaml_value,
     }
     yield from flag_files(environment)
+    yield from chip_files(environment)
     role_page = environment.get_template("role.md.j2")
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
         specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]

@@ -32,15 +32,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# libtpu's name of a slice of four chips, by the chip's names in an accelerator type, and libtpu's
-# further options. The trainer's table of chips (trainer/tpu.py) is not where this file runs.
-TOPOLOGIES = {
-    "v4": ("v4:2x2x1", {"chip_config_name": "megacore"}),
-    "v5e": ("v5e:2x2", {}),
-    "v5litepod": ("v5e:2x2", {}),
-    "v5p": ("v5:2x2x1", {}),
-    "v6e": ("v6e:2x2", {}),
-}
+# By a chip's name in an accelerator type, libtpu's name of a slice of four and its further options.
+# `make docs` writes them from the trainer's table of chips, which is not where this file runs.
+TOPOLOGIES = json.loads(Path(__file__).with_name("topologies.json").read_text(encoding="utf-8"))
 # The packages that are listed with version and origin
 SHOWN = ("torch", "torch_xla", "libtpu", "jax", "jaxlib", "flax", "transformers", "datasets")
 # The trainer's imports other than the kernels

@@ -43,7 +43,8 @@ def install(tmp_path: Path) -> Install:
 
     def start() -> subprocess.Popen:
         directory = tmp_path / f"command-{time.monotonic_ns()}"
-        for path in ("files/runtime/doctor.py", "files/runtime/requirements/release.txt"):
+        for path in ("doctor.py", "topologies.json", "requirements/release.txt"):
+            path = f"files/runtime/{path}"
             (directory / path).parent.mkdir(parents=True, exist_ok=True)
             (directory / path).touch()
         process = subprocess.Popen(

@@ -104,14 +104,14 @@ def test_last_words_have_a_meaning_and_a_remedy(installed, changes, words, said,
     assert diagnosis(words, PINNED) == (said, mend)
 
 
-# The doctor runs without the trainer, and so has names of its own.
+# The doctor runs without the trainer, from a file that is generated.
 def test_the_doctor_knows_every_chip_of_the_trainer_by_all_its_names():
     expected = {}
     for chip in CHIPS.values():
         topology = f"{chip.libtpu_name}:{'x'.join(map(str, topology_of(chip, 4)))}"
         config = chip.libtpu_chip_config
         options = {"chip_config_name": config} if config else {}
-        expected |= dict.fromkeys((chip.name, chip.cloud_name), (topology, options))
+        expected |= dict.fromkeys((chip.name, chip.cloud_name), [topology, options])
     assert expected == TOPOLOGIES
 
 
