@@ -175,7 +175,7 @@ def chip_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
         name = f"{chip.libtpu_name}:{'x'.join(map(str, topology_of(chip, 4)))}"
         config = chip.libtpu_chip_config
         options = {"chip_config_name": config} if config else {}
-        topologies |= dict.fromkeys((chip.name, chip.cloud_name), [name, options])
+        topologies |= {key: [name, options] for key in (chip.name, chip.cloud_name)}
     yield ROOT / "runtime/topologies.json", json.dumps(topologies, indent=2) + "\n"
 
     head, rest = PLAN.read_text(encoding="utf-8").split(CONSTANTS)

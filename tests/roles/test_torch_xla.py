@@ -31,7 +31,9 @@ def install(tmp_path: Path) -> Install:
     python.write_text(PYTHON)
     python.chmod(0o755)
     (tmp_path / "stacks").mkdir()
+    of_role = loader.load_from_file(str(ROLE / "vars/main.yml"), trusted_as_template=True)
     variables = tasks[-1]["vars"] | {
+        "torch_xla__doctor_files": of_role["torch_xla__doctor_files"],
         "torch_xla_stack": "release",
         "torch_xla_accelerator_type": "v5p-8",
         "torch_xla__dir": str(tmp_path),

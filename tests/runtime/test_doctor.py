@@ -111,7 +111,7 @@ def test_the_doctor_knows_every_chip_of_the_trainer_by_all_its_names():
         topology = f"{chip.libtpu_name}:{'x'.join(map(str, topology_of(chip, 4)))}"
         config = chip.libtpu_chip_config
         options = {"chip_config_name": config} if config else {}
-        expected |= dict.fromkeys((chip.name, chip.cloud_name), [topology, options])
+        expected |= {key: [topology, options] for key in (chip.name, chip.cloud_name)}
     assert expected == TOPOLOGIES
 
 
