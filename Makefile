@@ -22,7 +22,7 @@ train: $(READY) ## Set everything up, then train a small Mixtral on this machine
 	ansible-playbook train.yml -e gmm=true
 
 .PHONY: doctor
-doctor: $(READY) ## Examine the stack: is it whole, do its kernels compile for a TPU
+doctor: $(READY) ## Check the stack: versions, imports, and its kernels for a TPU
 	ansible-playbook doctor.yml
 
 .PHONY: stop
@@ -85,7 +85,7 @@ in_image = docker run --rm --cpu-shares 512 --volume "$(CURDIR):/src:ro" --workd
   --entrypoint python $(IMAGE) -m pytest -p no:cacheprovider --durations=10
 
 .PHONY: molecule
-molecule: $(READY) ## The playbooks against a simulated slice
+molecule: $(READY) ## The playbooks against two simulated slices, and every fault
 	molecule destroy
 	molecule test --scenario-name default --destroy never --no-command-borders
 	$(SECOND) molecule/shared/create.yml molecule/shared/layers.yml site.yml
@@ -127,7 +127,7 @@ clean: ## Remove what set-up and tests have left; the trainer image and runs/ st
 help:
 	@awk 'BEGIN { FS = ":.*## " } \
 	  /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	  /^[a-z0-9-]+:.*## / { printf "  make %-20s %s\n", $$1, $$2 }' Makefile
+	  /^[a-z0-9-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' Makefile
 
 # Made without pip, because Debian's Python has none to give unless python3-venv is installed; the lock
 # file brings it. The dots say that it moves, one for each package.
