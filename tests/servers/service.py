@@ -101,9 +101,6 @@ class Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         return self.server.service.fault(f"{self.command} {self.asked_for} {wanted}".strip())
 
-    def route(self) -> None:
-        raise NotImplementedError
-
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         """Send an answer, and say no more."""
         self.send_response(status)
