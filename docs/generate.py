@@ -23,7 +23,7 @@ import jinja2
 import yaml
 from jinja2 import nodes
 
-from plugins.action.check_variables import ALIASES, public_names, read_variables, role_options
+from plugins.plugin_utils.variables import public_names, read_variables, role_options
 from trainer.arguments import GROUPS, NOT_COMPILED
 from trainer.flags import Flag, flags_of
 from trainer.tpu import CHIPS, topology_of
@@ -190,8 +190,9 @@ def sections() -> list[dict[str, Any]]:
     Blocks of the same title are one section, with the flags in their own order.
     """
     specs = public_names(MAPPING, role_options(ROOT / "roles"))
-    for alias, name in ALIASES.items():
-        specs[alias] = specs[alias] | {"description": f"Another name of C({name})."}
+    for flag in (flag for group in GROUPS for flag in flags_of(group) if flag.alias):
+        meaning = f"Another name of C({flag.name})."
+        specs[flag.alias] = specs[flag.alias] | {"description": meaning}
     found: dict[str, dict[str, Any]] = {}
     seen = set()
     for path in (MAPPING / "main.yml", MAPPING / "flags.yml"):

@@ -8,10 +8,11 @@ Runs on the controller and does not import torch. An unknown number is null in t
 import sys
 from pathlib import Path
 
-from report import compare, html
-from report.numbers import build
-from report.run_dir import read_workers
 from trainer.metrics import write_json
+
+from . import compare, html
+from .numbers import build
+from .run_dir import read_workers
 
 USAGE = """usage: python -m report RUN_DIR
        python -m report compare RUN_DIR RUN_DIR …

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from report.html import DASH, from_template, number, over_steps, seconds
-from report.run_dir import Worker, read_variables, steady
 from trainer.metrics import LEAST_STEPS
+
+from .html import DASH, from_template, number, over_steps, seconds
+from .run_dir import Worker, read_variables, steady
 
 COLORS = ["#4f86d6", "#e2914a", "#62b28d", "#b07cc6", "#d0605e", "#8c8c3a"]
 RESAMPLES = 2000

@@ -7,7 +7,7 @@ import jinja2
 import plotly.io
 from plotly.offline import get_plotlyjs
 
-from report.run_dir import Worker, read_variables
+from .run_dir import Worker, read_variables
 
 # The parts of a step's time, each with a color that is legible on white and on black
 PARTS = {

@@ -5,8 +5,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from report.run_dir import Worker, read_plan, steady
 from trainer.metrics import LEAST_STEPS
+
+from .run_dir import Worker, read_plan, steady
 
 
 def build(run_dir: Path, workers: list[Worker], notes: list[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from google.protobuf.message import Message
 
-from report import xplane
 from trainer.metrics import LEAST_STEPS
+
+from . import xplane
 
 TOP_OPERATIONS = 12
 # A first run shorter than this fraction of all other runs was cut off by the start of the trace.

@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from report.profile import BadTrace
-from report.profile import read as read_trace
 from trainer.metrics import LEAST_STEPS
+
+from .profile import BadTrace
+from .profile import read as read_trace
 
 # Relative difference of a step time in the trace and by the host clock that becomes a note
 AGREEMENT = 0.02

@@ -123,12 +123,15 @@ def test_a_page_links_only_to_files_that_exist(page: str) -> None:
 
 def imported(path: Path) -> Iterator[str]:
     """The modules that a file imports, also late and for types alone."""
+    package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*above, *filter(None, [node.module])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def modules(*rooms: str) -> dict[str, set[str]]:

@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 
-from trainer.flags import BadInput
-from trainer.validation import validate
+from .flags import BadInput
+from .validation import validate
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
             return 0
         # torch_xla and JAX take seconds to import, so the input is validated first.
         start_client()
-        from trainer.run import run
+        from .run import run
 
         return run(arguments)
     except BadInput as error:

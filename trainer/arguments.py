@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from trainer.config import FsdpConfig
-from trainer.flags import Alias, AtLeast, Guide
+from .config import FsdpConfig
+from .flags import Alias, AtLeast, Guide
 
 PYTHON_HELP = "python-help"
 TEXT_FILES = (

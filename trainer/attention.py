@@ -18,7 +18,7 @@ from transformers import AttentionInterface, MixtralConfig
 from transformers.models.llama.modeling_llama import rotate_half as llama_rotate_half
 from transformers.models.mixtral import modeling_mixtral
 
-from trainer.config import head_dim
+from .config import head_dim
 
 # With "flash" in its name, transformers would try to import a flash attention package.
 FLASH, DENSE = "pallas", "dense"

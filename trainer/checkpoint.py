@@ -20,10 +20,10 @@ import torch_xla
 import torch_xla.runtime as xr
 from safetensors import SafetensorError
 
-from trainer.arguments import NEWEST
-from trainer.flags import BadInput
-from trainer.sharding import Range, Spec, from_hosts, local_parts, local_places, local_replicas
-from trainer.storage import Bucket, Directory, at
+from .arguments import NEWEST
+from .flags import BadInput
+from .sharding import Range, Spec, from_hosts, local_parts, local_places, local_replicas
+from .storage import Bucket, Directory, at
 
 OTHER = "resume from another checkpoint, or leave --resume_from_checkpoint out to start afresh"
 READS = 16  # concurrent reads of a checkpoint

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from trainer.flags import BadInput, did_you_mean
+from .flags import BadInput, did_you_mean
 
 # The sizes of a Mixtral. For a missing one transformers would silently take that of Mixtral 8x7B.
 SIZES = (

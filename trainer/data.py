@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer import hub
-from trainer.arguments import Arguments
-from trainer.flags import BadInput
-from trainer.text_sources import (
+from . import hub
+from .arguments import Arguments
+from .flags import BadInput
+from .text_sources import (
     split_texts,
     stream_texts,
     validation_texts,

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from trainer.grouped_matmul import grouped_matmul, kernel
-from trainer.sharding import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from .grouped_matmul import grouped_matmul, kernel
+from .sharding import copy_to_tensor_parallel, reduce_from_tensor_parallel
 
 MODES = ("gmm", "gmm_stack", "static")
 

@@ -15,7 +15,7 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.experimental.custom_kernel as pallas
 import torch_xla.runtime as xr
 
-from trainer import tpu
+from . import tpu
 
 # Rows of one product in grouped_loop: large enough to amortise the loop, small enough that the last
 # block of an expert, which is partly empty, costs little.

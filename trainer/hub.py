@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.flags import BadInput
+from .flags import BadInput
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError

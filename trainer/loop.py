@@ -15,14 +15,14 @@ import torch_xla.debug.metrics as xla_metrics
 import torch_xla.debug.profiler as xp
 import torch_xla.runtime as xr
 
-from trainer.checkpoint import SaveFailed, Saver
-from trainer.data import Batch
-from trainer.metrics import MetricsWriter
-from trainer.model import IGNORED, targets
-from trainer.optimizer import Adafactor
-from trainer.profiling import Profiler
-from trainer.sharding import from_hosts, from_rows
-from trainer.step import TrainStep
+from .checkpoint import SaveFailed, Saver
+from .data import Batch
+from .metrics import MetricsWriter
+from .model import IGNORED, targets
+from .optimizer import Adafactor
+from .profiling import Profiler
+from .sharding import from_hosts, from_rows
+from .step import TrainStep
 
 
 class TrainingFailed(RuntimeError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from trainer.config import head_dim
+from .config import head_dim
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -17,8 +17,8 @@ from torch_xla.experimental.scan import _scan_impl_flat
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from trainer import attention, experts
-from trainer.sharding import (
+from . import attention, experts
+from .sharding import (
     BATCH_SHARDING,
     FSDP,
     HIDDEN_SHARDING,

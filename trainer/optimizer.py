@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from trainer.sharding import partition_spec, to_mesh
+from .sharding import partition_spec, to_mesh
 
 EPSILON = 1e-30  # added to the squared gradient
 CLIP_THRESHOLD = 1.0  # largest root mean square of an update

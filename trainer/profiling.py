@@ -6,8 +6,8 @@ from pathlib import Path
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.profiler as xp
 
-from trainer.arguments import Profile
-from trainer.metrics import LEAST_STEPS
+from .arguments import Profile
+from .metrics import LEAST_STEPS
 
 
 class Profiler:

@@ -16,7 +16,7 @@ from typing import Any
 import torch_xla.runtime as xr
 from transformers import MixtralForCausalLM
 
-from trainer import (
+from . import (
     attention,
     checkpoint,
     data,
@@ -30,11 +30,11 @@ from trainer import (
     tpu,
     weights,
 )
-from trainer.arguments import Arguments
-from trainer.config import ARCHITECTURE
-from trainer.sharding import AXES, local_rows, partition_spec, size
-from trainer.step import StepOptions, TrainStep, build_model
-from trainer.validation import check_devices, profile, slices
+from .arguments import Arguments
+from .config import ARCHITECTURE
+from .sharding import AXES, local_rows, partition_spec, size
+from .step import StepOptions, TrainStep, build_model
+from .validation import check_devices, profile, slices
 
 # The packages whose versions summary.json records
 STACK = ("torch", "torch_xla", "transformers", "jax", "libtpu")

@@ -11,10 +11,10 @@ from typing import Any, Self
 import torch
 from transformers import MixtralForCausalLM
 
-from trainer import model, sharding
-from trainer.arguments import Arguments, ExpertsMode
-from trainer.experts import Routing
-from trainer.optimizer import Adafactor, clip_gradients, zeros
+from . import model, sharding
+from .arguments import Arguments, ExpertsMode
+from .experts import Routing
+from .optimizer import Adafactor, clip_gradients, zeros
 
 
 @dataclass(frozen=True, kw_only=True)

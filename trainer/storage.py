@@ -22,7 +22,7 @@ import torch_xla.runtime as xr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
-from trainer.flags import BadInput
+from .flags import BadInput
 
 PART_BYTES = 128 * 2**20  # most bytes in an object, unless a single shard is larger
 UPLOADS = 4  # at the same time; each needs a few times PART_BYTES of memory

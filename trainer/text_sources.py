@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import hub
-from trainer.arguments import PYTHON_HELP, TEXT_FILES, Arguments
-from trainer.flags import BadInput
+from . import hub
+from .arguments import PYTHON_HELP, TEXT_FILES, Arguments
+from .flags import BadInput
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

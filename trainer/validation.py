@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from trainer import data, tpu
-from trainer.arguments import (
+from . import data, tpu
+from .arguments import (
     GROUPS,
     PYTHON_HELP,
     Arguments,
@@ -23,9 +23,9 @@ from trainer.arguments import (
     Profile,
     TrainingArguments,
 )
-from trainer.config import FsdpConfig, load_config, load_fsdp_config
-from trainer.flags import BadInput, parse_flags
-from trainer.text_sources import check_parquet, read_texts
+from .config import FsdpConfig, load_config, load_fsdp_config
+from .flags import BadInput, parse_flags
+from .text_sources import check_parquet, read_texts
 
 # https://cloud.google.com/storage/docs/buckets#naming, as far as it can be wrong by accident
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^/\s][^\s]*)?/?")

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from trainer import hub
-from trainer.flags import BadInput
+from . import hub
+from .flags import BadInput
 
 # Parameter → the name of one expert's part in the published layout, where w1 and w3 are transposed
 EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

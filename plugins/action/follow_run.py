@@ -23,18 +23,15 @@ from typing import Any
 from ansible import constants as C
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
+
+from ..filter.progress import clock, last_steps, progress
 
 APPENDED = ("trainer.log", "metrics.jsonl")
 REWRITTEN = ("summary.json",)
 LAST_LINES = 20
 STOPPED = "stopped, because"
 QUIET_SECONDS = 15
-# Playbooks use these filters, too, for the status of a run.
-clock = filter_loader.get("clock").j2_function
-last_steps = filter_loader.get("last_steps").j2_function
-progress = filter_loader.get("progress").j2_function
 
 display = Display()
 

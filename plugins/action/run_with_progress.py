@@ -11,13 +11,13 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
+
+from ..filter.progress import clock
 
 SHOW_SECONDS = 10
 LONGEST_POLL_SECONDS = 2
 LAST_LINES = 20
-clock = filter_loader.get("clock").j2_function
 
 display = Display()
 

@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,13 +15,10 @@ from typing import Any
 import yaml
 from ansible.parsing.yaml.dumper import AnsibleDumper
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
 
-# See plugins/plugin_utils/__init__.py.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-from plugins.plugin_utils.cloud_tpu import (
+from ..filter.progress import clock
+from ..plugin_utils.cloud_tpu import (
     MAX_MINUTES,
     CloudTpu,
     CloudTpuError,
@@ -37,7 +33,6 @@ from plugins.plugin_utils.cloud_tpu import (
 FAILED = {"PREEMPTED", "TERMINATED", "FAILED", "SUSPENDING", "SUSPENDED"}
 STOPPED = {"STOPPING", "STOPPED", "HIDING", "HIDDEN"}
 QUIET_SECONDS = 60
-clock = filter_loader.get("clock").j2_function
 
 display = Display()
 # The slices of one name, and their queued resource if they have one
@@ -179,7 +174,7 @@ class SliceLifecycle:
 
     def __init__(self, cloud: CloudTpu, name: str, args: Mapping[str, Any], check: bool) -> None:
         self.cloud, self.name, self.args, self.check = cloud, name, args, check
-        self.known_hosts = Path(args["known_hosts"])
+        self.known_hosts = Path(args["known_hosts"]).expanduser()
         self._started = time.monotonic()
         self._last_progress, self._last_progress_seconds = "", 0.0
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 from ansible.plugins.action import ActionBase
 
-# See plugins/plugin_utils/__init__.py.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-from plugins.plugin_utils.cloud_tpu import (
+from ..plugin_utils.cloud_tpu import (
     CloudTpu,
     CloudTpuError,
     Slice,

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.plugins.loader import filter_loader
 from ansible.utils.display import Display
+
+from ..filter.progress import clock
 
 SHOW_SECONDS = 10
 MIB = 1 << 20
-clock = filter_loader.get("clock").j2_function
 
 display = Display()
 

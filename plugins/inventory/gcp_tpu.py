@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,6 @@ from ansible.errors import AnsibleError, AnsibleParserError
 from ansible.inventory.group import to_safe_group_name
 from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructable
 from ansible.utils.vars import load_extra_vars
-
-ROOT = Path(__file__).resolve().parents[2]
-# See plugins/plugin_utils/__init__.py.
-sys.path.append(str(ROOT))
 
 DOCUMENTATION = r"""
 name: gcp_tpu
@@ -52,7 +47,7 @@ options:
   plugin:
     description: Marks the file as one for this plugin.
     required: true
-    choices: [gcp_tpu]
+    choices: [mixtral.tpu.gcp_tpu]
   projects:
     description: IDs of the projects.
     type: list
@@ -92,9 +87,9 @@ options:
       - name: TPU_STATES
   known_hosts:
     description: >-
-      The file for the workers' SSH host keys. Its directory is created. By default
-      C(.cache/gcp/known_hosts) in the project's directory.
+      The file for the workers' SSH host keys. Its directory is created.
     type: path
+    default: ~/.ssh/mixtral_tpu_known_hosts
   iap:
     description: >-
       Ask the API for the names of virtual machines without an external address, for
@@ -150,7 +145,7 @@ options:
 EXAMPLES = r"""
 # team.gcp_tpu.yml: all slices of a team, in two zones. The default of projects, zones and names is
 # the environment's PROJECT, ZONE and TPU_NAME.
-plugin: gcp_tpu
+plugin: mixtral.tpu.gcp_tpu
 projects: [my-project]
 zones: [us-east5-a, europe-west4-b]
 filters:
@@ -209,9 +204,9 @@ def host_variables(slice_: dict[str, Any], worker: int) -> dict[str, Any]:
 
 
 class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
-    """``plugin: gcp_tpu`` in a file whose name ends in gcp_tpu.yml."""
+    """``plugin: mixtral.tpu.gcp_tpu`` in a file whose name ends in gcp_tpu.yml."""
 
-    NAME = "gcp_tpu"
+    NAME = "mixtral.tpu.gcp_tpu"
 
     def verify_file(self, path: str) -> bool:
         """Return whether a file is one for this plugin."""
@@ -244,7 +239,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             with contextlib.suppress(KeyError):
                 return self._cache[key]
         # Google's client takes half a second to load, which a filled cache saves.
-        from plugins.plugin_utils.cloud_tpu import CloudTpu, CloudTpuError
+        from ..plugin_utils.cloud_tpu import CloudTpu, CloudTpuError
 
         options = {name: self.get_option(name) for name in AUTH}
         slices = []
@@ -325,8 +320,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
 
     def _add(self, slices: list[dict[str, Any]]) -> None:
         strict = self.get_option("strict")
-        known_hosts = Path(self.get_option("known_hosts") or ROOT / ".cache/gcp/known_hosts")
-        known_hosts.parent.mkdir(parents=True, exist_ok=True)
+        known_hosts = Path(self.get_option("known_hosts"))
+        known_hosts.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, variables in self._hosts(slices):
             variables["tpu_known_hosts"] = str(known_hosts)
             if not all(

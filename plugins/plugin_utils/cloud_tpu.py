@@ -32,8 +32,8 @@ from google.oauth2 import service_account
 from google.protobuf import descriptor_pb2, descriptor_pool
 from google.protobuf.json_format import MessageToDict, ParseError
 
-from plugins.plugin_utils.cloud_chips import CLOUD_CHIPS
-from trainer.tpu import CHIP_NAMES, parse_accelerator_type
+from ...trainer.tpu import CHIP_NAMES, parse_accelerator_type
+from .cloud_chips import CLOUD_CHIPS
 
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 ENDPOINT = "https://tpu.googleapis.com"

@@ -47,7 +47,7 @@ def play(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     def run(parts: str, *words: str, **variables: str) -> Playbook:
         tasks = []
         for part in parts.split():
-            role = {"name": "nightly", "tasks_from": part}
+            role = {"name": "mixtral.tpu.nightly", "tasks_from": part}
             day = {"nightly_worker_dir": DIRECTORY}
             tasks += [{"ansible.builtin.include_role": role, "vars": day}, TELL]
         ran = run_playbook(

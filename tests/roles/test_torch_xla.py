@@ -41,7 +41,9 @@ def install(tmp_path: Path) -> Install:
         "torch_xla__venv": str(tmp_path / "stacks/release-1"),
         "torch_xla__python": str(python),
     }
-    command = Templar(loader, variables=variables).template(tasks[-1]["run_with_progress"]["cmd"])
+    command = Templar(loader, variables=variables).template(
+        tasks[-1]["mixtral.tpu.run_with_progress"]["cmd"]
+    )
 
     def start() -> subprocess.Popen:
         directory = tmp_path / f"command-{time.monotonic_ns()}"
@@ -76,7 +78,7 @@ def test_what_an_interrupted_playbook_has_left_is_waited_for(install, tmp_path, 
 
 
 def test_where_there_is_no_stack_the_doctor_says_what_to_do(tmp_path: Path) -> None:
-    entry = {"name": "torch_xla", "tasks_from": "doctor.yml"}
+    entry = {"name": "mixtral.tpu.torch_xla", "tasks_from": "doctor.yml"}
     play = write_play(tmp_path, {"ansible.builtin.import_role": entry})
     run = run_playbook(play, torch_xla_worker_dir=str(tmp_path))
     assert run.code == 2

@@ -10,7 +10,6 @@ import pytest
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.parsing.dataloader import DataLoader
-from ansible.plugins.loader import filter_loader, init_plugin_loader
 from ansible.template import Templar
 
 from trainer.arguments import NOT_COMPILED, DataArguments, ModelArguments, TrainingArguments
@@ -121,8 +120,6 @@ def test_a_boolean_that_is_left_out_is_off():
 @pytest.fixture(scope="module")
 def resolve():
     """Return what the role makes of public names, as Ansible resolves them in train.yml."""
-    init_plugin_loader()
-    filter_loader.add_directory(str(ROOT / "plugins/filter"))
     variables = variables_in(ROLE / "defaults/main", MAPPING, ROLE / "vars/main")
     variables |= {"playbook_dir": str(ROOT / "playbooks"), "role_path": str(ROLE)}
 

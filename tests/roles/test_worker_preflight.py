@@ -22,7 +22,7 @@ UNFIT = {
 
 
 def check(directory: Path, hosts: dict[str, dict], **variables: object) -> Playbook:
-    play = write_play(directory, roles=["worker_preflight"])
+    play = write_play(directory, roles=["mixtral.tpu.worker_preflight"])
     inventory = write_inventory(directory, hosts)
     return run_playbook(play, "--check", inventory=inventory, **variables)
 

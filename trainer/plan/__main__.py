@@ -15,13 +15,13 @@ import os
 import sys
 from typing import NoReturn
 
-from trainer import metrics
-from trainer.arguments import Arguments
-from trainer.flags import BadInput
-from trainer.plan import estimate
-from trainer.plan.table import table
-from trainer.tpu import Slice, parse_slice
-from trainer.validation import check_devices, parse
+from .. import metrics
+from ..arguments import Arguments
+from ..flags import BadInput
+from ..tpu import Slice, parse_slice
+from ..validation import check_devices, parse
+from . import estimate
+from .table import table
 
 FITS, BAD_INPUT, DOES_NOT_FIT, DOES_NOT_COMPILE = 0, 2, 3, 4
 

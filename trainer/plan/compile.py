@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer import tpu
-from trainer.arguments import Arguments
-from trainer.plan import hlo
-from trainer.tpu import CHIPS, Chip, Slice, parse_slice, topology_of
-from trainer.validation import parse
+from .. import tpu
+from ..arguments import Arguments
+from ..tpu import CHIPS, Chip, Slice, parse_slice, topology_of
+from ..validation import parse
+from . import hlo
 
 # libtpu knows the TPU as a topology only: neither JAX nor libtpu may look for a real one.
 ENVIRONMENT = {
@@ -79,8 +79,8 @@ def trace(arguments: Arguments, slice_: Slice) -> Lowered:
 
     trace_for(slice_)
 
-    from trainer import model, sharding
-    from trainer.step import StepOptions, TrainStep, build_model
+    from .. import model, sharding
+    from ..step import StepOptions, TrainStep, build_model
 
     began = time.monotonic()
     options = StepOptions.from_arguments(arguments)
@@ -136,7 +136,7 @@ def _hlo_sharding(spec: tuple) -> str:
     """Return ``spec`` on the global mesh, in XLA's notation of shardings."""
     import torch_xla.distributed.spmd as xs
 
-    from trainer.sharding import AXES, size
+    from ..sharding import AXES, size
 
     split = [(axes,) if isinstance(axes, str) else axes or () for axes in spec]
     named = [axis for axes in split for axis in axes]

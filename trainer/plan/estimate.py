@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from trainer import metrics
-from trainer.arguments import Arguments
-from trainer.flags import BadInput
-from trainer.plan import hlo
-from trainer.tpu import GIB, Chip, Slice, topology_of
-from trainer.validation import check_devices
+from .. import metrics
+from ..arguments import Arguments
+from ..flags import BadInput
+from ..tpu import GIB, Chip, Slice, topology_of
+from ..validation import check_devices
+from . import hlo
 
 KERNEL_EFFICIENCIES = (1.0, 0.75)  # of the chip's peak, assumed of Pallas kernels
 # Part of a compiler's message → what to do about the error

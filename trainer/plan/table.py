@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.tpu import GIB
+from ..tpu import GIB
 
 Row = tuple[str, str]
 

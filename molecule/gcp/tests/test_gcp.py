@@ -13,7 +13,7 @@ from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
 from tests.slices.simulated_slice import KEY, ROOT, SMALL_MODEL, WORKERS, Playbook, Worker
 
 STEPS = 3
-KNOWN_HOSTS = ROOT / ".cache/gcp/known_hosts"
+KNOWN_HOSTS = Path.home() / ".ssh/mixtral_tpu_known_hosts"
 # What trains on these machines, which have no TPU
 CPU = SMALL_MODEL | {
     "pjrt_device": "CPU",

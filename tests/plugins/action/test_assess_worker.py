@@ -3,8 +3,7 @@
 import hashlib
 
 import pytest
-
-from plugins.action.assess_worker import (
+from ansible_collections.mixtral.tpu.plugins.action.assess_worker import (
     accelerator_errors,
     configuration_errors,
     differences,

@@ -3,10 +3,8 @@
 import socket
 
 import pytest
-from huggingface_hub import HfApi
-
-from plugins.action import check_hub_token
-from plugins.action.check_hub_token import (
+from ansible_collections.mixtral.tpu.plugins.action import check_hub_token
+from ansible_collections.mixtral.tpu.plugins.action.check_hub_token import (
     ATTEMPTS,
     TokenError,
     check_endpoint,
@@ -14,6 +12,8 @@ from plugins.action.check_hub_token import (
     owner,
     unreadable,
 )
+from huggingface_hub import HfApi
+
 from tests.servers.faults import Fault
 from tests.servers.hub import Hub
 from tests.servers.hub_client import fresh_client

@@ -3,14 +3,14 @@
 import re
 
 import pytest
-
-from plugins.action.check_variables import (
+from ansible_collections.mixtral.tpu.plugins.action.check_variables import (
     given_twice,
     public_names,
     role_options,
     unfit,
     unknown,
 )
+
 from tests.playbook import ROOT, run_playbook
 
 OPTIONS = role_options(ROOT / "roles")

@@ -5,8 +5,7 @@ import json
 import os
 
 import pytest
-
-from plugins.action.follow_run import (
+from ansible_collections.mixtral.tpu.plugins.action.follow_run import (
     ActionModule,
     Mirror,
     exit_record,

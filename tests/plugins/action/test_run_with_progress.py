@@ -4,8 +4,8 @@ import os
 import subprocess
 
 import pytest
+from ansible_collections.mixtral.tpu.plugins.action import run_with_progress
 
-from plugins.action import run_with_progress
 from tests.playbook import Playbook, run_playbook, write_inventory, write_play
 
 
@@ -14,7 +14,10 @@ def play(tmp_path):
     """Run one task with ``run_with_progress``."""
 
     def run(*options: str, **arguments: object) -> Playbook:
-        task = {"name": "Work", "run_with_progress": {"would": "work hard", **arguments}}
+        task = {
+            "name": "Work",
+            "mixtral.tpu.run_with_progress": {"would": "work hard", **arguments},
+        }
         task["environment"] = {"COLOUR": "deep blue"}
         return run_playbook(
             write_play(tmp_path, task),

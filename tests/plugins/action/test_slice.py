@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.mixtral.tpu.plugins.action.slice import ActionModule
+from ansible_collections.mixtral.tpu.plugins.action.slice_info import ActionModule as InfoModule
 
-from plugins.action.slice import ActionModule
-from plugins.action.slice_info import ActionModule as InfoModule
 from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
 from tests.servers.faults import Fault
 

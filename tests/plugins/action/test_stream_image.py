@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from ansible_collections.mixtral.tpu.plugins.action import stream_image
 
-from plugins.action import stream_image
 from tests.playbook import Playbook, run_playbook, write_inventory, write_play
 
 MIB = 1 << 20
@@ -25,7 +25,7 @@ def load(tmp_path):
 
     def run(docker: str, *options: str, **variables: object) -> Playbook:
         script(tmp_path / "bin/docker", docker)
-        task = {"name": "Load", "stream_image": {"archive": str(tmp_path / "archive")}}
+        task = {"name": "Load", "mixtral.tpu.stream_image": {"archive": str(tmp_path / "archive")}}
         return run_playbook(
             write_play(tmp_path, task),
             *options,

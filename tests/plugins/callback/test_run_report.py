@@ -3,8 +3,13 @@
 import json
 
 import pytest
+from ansible_collections.mixtral.tpu.plugins.callback.run_report import (
+    failures,
+    results,
+    table,
+    what_to_do,
+)
 
-from plugins.callback.run_report import failures, results, table, what_to_do
 from tests.playbook import run_playbook, write_inventory, write_play
 
 REPORT = {

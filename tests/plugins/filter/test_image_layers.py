@@ -1,8 +1,7 @@
 """Which layers need not travel, by what workers' engines say of their images."""
 
 import pytest
-
-from plugins.filter.image_layers import held_layers
+from ansible_collections.mixtral.tpu.plugins.filter.image_layers import held_layers
 
 IMAGE = ["base", "stack", "trainer"]
 

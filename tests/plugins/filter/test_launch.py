@@ -2,8 +2,7 @@
 
 import pytest
 from ansible.errors import AnsibleFilterError
-
-from plugins.filter.launch import command_line, preset_file
+from ansible_collections.mixtral.tpu.plugins.filter.launch import command_line, preset_file
 
 
 def test_command_line_leaves_out_what_the_trainer_assumes_anyway():

@@ -1,4 +1,4 @@
-from plugins.filter.progress import clock, last_steps, progress
+from ansible_collections.mixtral.tpu.plugins.filter.progress import clock, last_steps, progress
 
 
 def test_lines_that_are_cut_are_left_out():

@@ -37,22 +37,17 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[TpuApi]:
         yield api
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _loader() -> None:
-    inventory_loader.add_directory(str(ROOT / "plugins/inventory"))
-
-
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
     """Read a file of these options into an inventory."""
 
     def parse(fresh: bool = False, extra: str = "", **options: object) -> InventoryData:
         path = tmp_path / "some.gcp_tpu.yml"
-        path.write_text(yaml.safe_dump({"plugin": "gcp_tpu"} | options))
+        path.write_text(yaml.safe_dump({"plugin": "mixtral.tpu.gcp_tpu"} | options))
         extra_vars = (extra,) if extra else ()
         monkeypatch.setattr(context, "CLIARGS", CLIArgs({"extra_vars": extra_vars}))
         monkeypatch.delattr("ansible.utils.vars.load_extra_vars.extra_vars", raising=False)
-        plugin, inventory = inventory_loader.get("gcp_tpu"), InventoryData()
+        plugin, inventory = inventory_loader.get("mixtral.tpu.gcp_tpu"), InventoryData()
         assert plugin.verify_file(str(path))
         plugin.parse(inventory, DataLoader(), str(path), cache=not fresh)
         # As Ansible does: without a cache there is none to be updated.
@@ -327,7 +322,9 @@ def test_a_refusal_of_the_api_is_told_with_what_to_do(
 def test_an_api_that_does_not_answer_is_named(
     api: TpuApi, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plugins.plugin_utils.cloud_tpu.RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(
+        "ansible_collections.mixtral.tpu.plugins.plugin_utils.cloud_tpu.RETRY_SECONDS", 0.1
+    )
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(AnsibleParserError, match=f"no answer from {endpoint}: Connection refused"):

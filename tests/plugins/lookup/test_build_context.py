@@ -2,8 +2,7 @@
 
 import pytest
 from ansible.errors import AnsibleLookupError
-
-from plugins.lookup.build_context import hash_files, list_files
+from ansible_collections.mixtral.tpu.plugins.lookup.build_context import hash_files, list_files
 
 
 @pytest.fixture

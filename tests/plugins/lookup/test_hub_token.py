@@ -4,8 +4,7 @@ import pytest
 from ansible.errors import AnsibleLookupError
 from ansible.parsing.dataloader import DataLoader
 from ansible.parsing.vault import VaultLib, VaultSecret
-
-from plugins.lookup.hub_token import cleaned, find
+from ansible_collections.mixtral.tpu.plugins.lookup.hub_token import cleaned, find
 
 TOKEN = "hf_for-this-test"
 

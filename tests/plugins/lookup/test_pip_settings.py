@@ -5,8 +5,11 @@ import sys
 
 import pytest
 from ansible.errors import AnsibleLookupError
-
-from plugins.lookup.pip_settings import certificates, parse, portable
+from ansible_collections.mixtral.tpu.plugins.lookup.pip_settings import (
+    certificates,
+    parse,
+    portable,
+)
 
 
 @pytest.fixture

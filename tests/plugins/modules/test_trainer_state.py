@@ -12,8 +12,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-
-from plugins.modules.trainer_state import ended_with_engine
+from ansible_collections.mixtral.tpu.plugins.modules.trainer_state import ended_with_engine
 
 MODULE = Path(__file__).parents[3] / "plugins/modules/trainer_state.py"
 STATE = {

@@ -1,7 +1,7 @@
 import pytest
+from ansible_collections.mixtral.tpu.plugins.plugin_utils.cloud_chips import CLOUD_CHIPS, CloudChip
+from ansible_collections.mixtral.tpu.plugins.plugin_utils.cloud_tpu import CloudTpuError, shape
 
-from plugins.plugin_utils.cloud_chips import CLOUD_CHIPS, CloudChip
-from plugins.plugin_utils.cloud_tpu import CloudTpuError, shape
 from trainer.tpu import CHIPS
 
 

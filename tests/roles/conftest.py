@@ -1,0 +1,3 @@
+"""Make the collection importable."""
+
+import tests.collection  # noqa: F401
