@@ -108,11 +108,11 @@ docs: $(READY) ## Write what is generated: files that list the flags, roles' REA
 
 .PHONY: lock
 lock: $(READY) ## Write the lock files anew, with the newest versions that pyproject.toml allows
-	$(COMPILE) --output-file requirements.txt
+	$(COMPILE) --output-file requirements-lock.txt
 	$(COMPILE) --extra dev --output-file requirements-dev.txt
 	runtime/requirements/lock.sh
 
-COMPILE := uv pip compile pyproject.toml --quiet --upgrade --generate-hashes --no-emit-index-url \
+COMPILE := uv pip compile pyproject.toml requirements.txt --quiet --upgrade --generate-hashes --no-emit-index-url \
   --python-version 3.11 --custom-compile-command 'make lock'
 
 .PHONY: clean
