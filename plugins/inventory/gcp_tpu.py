@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ansible import context
 from ansible.errors import AnsibleError, AnsibleParserError
 from ansible.inventory.group import to_safe_group_name
 from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructable
+from ansible.utils.context_objects import GlobalCLIArgs
 from ansible.utils.vars import load_extra_vars
 
 DOCUMENTATION = r"""
@@ -36,7 +39,10 @@ description:
   - >-
     Slices in another state than O(states) are left out, and a warning names them. An inventory
     without any slice is an error, except for a playbook with C(-e state=) or C(-e expired=), which
-    creates or deletes slices.
+    creates or deletes slices. C(mixtral_state) and C(mixtral_expired) are the same.
+  - >-
+    An error ends Ansible's own programs at once, with exit code 1: no other plugin tries the file,
+    and nothing goes on without hosts. A program that imports Ansible gets the exception.
 author: mixtral-tpu contributors
 requirements:
   - google-cloud-tpu
@@ -156,6 +162,8 @@ keyed_groups:
 strict: true
 """
 
+# Extra variables of a playbook that creates or deletes slices
+LIFECYCLE = {"state", "mixtral_state", "expired", "mixtral_expired"}
 # Names that the group of a slice must not have
 RESERVED = ("all", "ungrouped", "tpu_workers", "tpu_worker0")
 AUTH = (
@@ -213,15 +221,27 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
         return super().verify_file(path) and path.endswith(("gcp_tpu.yml", "gcp_tpu.yaml"))
 
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
-        """Read the slices from the cache or the API, and add their workers to the inventory."""
+        """Read the slices from the cache or the API, and add their workers to the inventory.
+
+        Raises AnsibleError; in Ansible's own programs displays it, and raises SystemExit.
+        """
         super().parse(inventory, loader, path)
-        self._read_config_data(path)
-        for option, variable in (("projects", "PROJECT"), ("zones", "ZONE")):
-            if not any(self.get_option(option) or []):
-                raise AnsibleParserError(
-                    f"{path} gives no {option}: export {variable}=…, or set {option} in the file"
-                )
-        self._add(self._wanted(self._slices(path, cache), loader))
+        try:
+            self._read_config_data(path)
+            for option, variable in (("projects", "PROJECT"), ("zones", "ZONE")):
+                if not any(self.get_option(option) or []):
+                    raise AnsibleParserError(
+                        f"{path} gives no {option}: export {variable}=…, or set {option} in the "
+                        "file"
+                    )
+            self._add(self._wanted(self._slices(path, cache), loader))
+        except AnsibleError as error:
+            # Only Ansible's own programs set this. After an exception they would try the file with
+            # every other plugin, display what each of them says, and might go on without hosts.
+            if not isinstance(context.CLIARGS, GlobalCLIArgs):
+                raise
+            self.display.error(error)
+            sys.exit(1)
 
     def _slices(self, path: str, cache: bool) -> list[dict[str, Any]]:
         """Return all slices of all projects and zones, from the cache or the API."""
@@ -259,7 +279,8 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                     del slice_["metadata"]
                     slices.append(slice_)
         except CloudTpuError as error:
-            raise AnsibleParserError(str(error)) from error
+            # With ``from error`` Ansible would say the message twice.
+            raise AnsibleParserError(str(error)) from None
         if self.get_option("cache"):
             self._cache[key] = slices
         return slices
@@ -302,7 +323,7 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
                 f"(existing slices: {existing}). "
                 "Create it: ansible-playbook slice.yml -e state=present"
             )
-        if not wanted and not {"state", "expired"} & load_extra_vars(loader).keys():
+        if not wanted and not LIFECYCLE & load_extra_vars(loader).keys():
             raise AnsibleParserError(message)
         if others or not wanted:
             self.display.warning(message)
@@ -359,5 +380,5 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             if self.get_option("strict"):
                 raise AnsibleParserError(
                     f"the filter {condition!r} cannot be evaluated for {name}: {error}"
-                ) from error
+                ) from None
             return False

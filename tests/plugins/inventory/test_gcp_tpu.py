@@ -3,6 +3,8 @@
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -211,7 +213,43 @@ def test_no_slice_is_an_error_unless_one_is_to_be_made(api: TpuApi, read: Read) 
     words = rf"no TPU slice none in {ZONE} of {PROJECT} \(existing slices: gone\). Create it: "
     with pytest.raises(AnsibleParserError, match=words):
         read(names=["none"])
-    assert not read(names=["none"], extra="state=present").hosts
+    for extra in ("state=present", "mixtral_state=absent", "expired=1", "mixtral_expired=1"):
+        assert not read(names=["none"], extra=extra).hosts
+
+
+@pytest.mark.parametrize(
+    ("program", "configuration"),
+    [
+        (["ansible-playbook", "site.yml"], (ROOT / "ansible.cfg").read_text()),
+        (["ansible-inventory", "--list"], ""),
+        (
+            ["ansible", "all", "--module-name=ansible.builtin.ping"],
+            "[inventory]\nenable_plugins = yaml, mixtral.tpu.gcp_tpu, ini",
+        ),
+    ],
+    ids=["the checkout's configuration", "no configuration", "another order of plugins"],
+)
+def test_a_program_of_ansible_says_the_error_alone_and_ends(
+    api: TpuApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: list, configuration: str
+) -> None:
+    api.add("held")
+    (tmp_path / "ansible.cfg").write_text(configuration)
+    monkeypatch.setenv("TPU_NAME", "moe-1")
+    monkeypatch.setenv("ANSIBLE_CONFIG", str(tmp_path / "ansible.cfg"))
+    monkeypatch.setenv("ANSIBLE_COLLECTIONS_PATH", str(ROOT / "collections"))
+    name, *options = program
+    ran = subprocess.run(
+        [Path(sys.executable).with_name(name), "--inventory=inventory/gcp", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert ran.stderr == (
+        f"[ERROR]: there is no TPU slice moe-1 in {ZONE} of {PROJECT} (existing slices: held). "
+        "Create it: ansible-playbook slice.yml -e state=present\n"
+    )
 
 
 def test_two_workers_of_one_name_are_refused(api: TpuApi, read: Read) -> None:
