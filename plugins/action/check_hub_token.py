@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import httpx2
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,13 +22,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session, validate_repo_id
 
+from ..plugin_utils.screen import show
+
 ATTEMPTS = 4
 ANSWER_SECONDS = 10
 LONGEST_WAIT_SECONDS = 60
 
 Answer = TypeVar("Answer")
-
-display = Display()
 
 
 class TokenError(Exception):
@@ -58,9 +57,7 @@ def request(endpoint: str, call: Callable[[], Answer]) -> Answer:
         except (httpx2.RequestError, OSError) as error:
             problem = f"is unreachable ({str(error) or type(error).__name__})"
         if attempt < ATTEMPTS - 1:
-            display.display(
-                f"The Hugging Face hub at {endpoint} {problem}; next attempt in {wait} s"
-            )
+            show(f"The Hugging Face hub at {endpoint} {problem}; next attempt in {wait} s")
             time.sleep(wait)
     raise TokenError(
         f"The Hugging Face hub at {endpoint} {problem}, in {ATTEMPTS} attempts. Check that the "

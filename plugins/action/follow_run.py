@@ -23,17 +23,15 @@ from typing import Any
 from ansible import constants as C
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 
 from ..filter.progress import clock, last_steps, progress
+from ..plugin_utils.screen import show
 
 APPENDED = ("trainer.log", "metrics.jsonl")
 REWRITTEN = ("summary.json",)
 LAST_LINES = 20
 STOPPED = "stopped, because"
 QUIET_SECONDS = 15
-
-display = Display()
 
 
 class Mirror:
@@ -244,7 +242,7 @@ class ActionModule(ActionBase):
                 silence = time.monotonic() - answered
                 warning = f"no answer for {clock(silence)}: {error}"
                 # Ansible would hold back a warning until the task ends.
-                display.display(f"{self.host}: {warning}", color=C.COLOR_WARN)
+                show(f"{self.host}: {warning}", C.COLOR_WARN)
                 if silence > self.args["lease_seconds"]:
                     return None, warning, ""
             elif not state or state["run_id"] != self.args["run_id"]:
@@ -330,5 +328,5 @@ class ActionModule(ActionBase):
         now = time.monotonic()
         if line != self.last_line or now - self.last_display > QUIET_SECONDS:
             passed = clock(time.time() - self.args["since"])
-            display.display(f"{self.host}   {passed:>5}   {line}")
+            show(f"{self.host}   {passed:>5}   {line}")
             self.last_line, self.last_display = line, now

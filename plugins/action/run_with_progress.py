@@ -11,15 +11,13 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 
 from ..filter.progress import clock
+from ..plugin_utils.screen import show
 
 SHOW_SECONDS = 10
 LONGEST_POLL_SECONDS = 2
 LAST_LINES = 20
-
-display = Display()
 
 
 def pack(root: Path, files: list[str], archive: Path) -> None:
@@ -58,7 +56,7 @@ class ActionModule(ActionBase):
         )
         host = self._task.delegate_to or (task_vars or {}).get("inventory_hostname", "worker")
         if self._task.check_mode:
-            display.display(f"  [{host}] would {args['would']}")
+            show(f"  [{host}] would {args['would']}")
             return result | {"changed": True}
 
         directory = self._make_tmp_path()
@@ -125,7 +123,7 @@ class ActionModule(ActionBase):
             now = time.monotonic()
             if now - last_display >= SHOW_SECONDS:
                 last_display = now
-                display.display(f"  [{host}] {clock(now - started)}  {line.strip()}")
+                show(f"  [{host}] {clock(now - started)}  {line.strip()}")
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
 

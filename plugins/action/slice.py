@@ -15,7 +15,6 @@ from typing import Any
 import yaml
 from ansible.parsing.yaml.dumper import AnsibleDumper
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 
 from ..filter.progress import clock
 from ..plugin_utils.cloud_tpu import (
@@ -29,12 +28,11 @@ from ..plugin_utils.cloud_tpu import (
     symptoms,
     usage,
 )
+from ..plugin_utils.screen import show
 
 FAILED = {"PREEMPTED", "TERMINATED", "FAILED", "SUSPENDING", "SUSPENDED"}
 STOPPED = {"STOPPING", "STOPPED", "HIDING", "HIDDEN"}
 QUIET_SECONDS = 60
-
-display = Display()
 # The slices of one name, and their queued resource if they have one
 Found = tuple[list[Slice], dict[str, Any] | None]
 
@@ -318,7 +316,7 @@ class SliceLifecycle:
         quiet = seconds - self._last_progress_seconds
         if text != self._last_progress or quiet > QUIET_SECONDS:
             self._last_progress, self._last_progress_seconds = text, seconds
-            display.display(f"{self.name}  {clock(seconds)}  {text}")
+            show(f"{self.name}  {clock(seconds)}  {text}")
 
     def _result(
         self, changed: bool, before: list[Slice], after: list[Slice], text: str

@@ -12,14 +12,12 @@ from typing import Any, BinaryIO
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from ansible.utils.display import Display
 
 from ..filter.progress import clock
+from ..plugin_utils.screen import show
 
 SHOW_SECONDS = 10
 MIB = 1 << 20
-
-display = Display()
 
 
 def progress(seconds: float, sent: int, size: int) -> str:
@@ -105,4 +103,4 @@ class ActionModule(ActionBase):
             if process.returncode is not None:
                 return sent, size
             line = progress(time.monotonic() - started, sent, size)
-            display.display(f"  [{host}] {line}")
+            show(f"  [{host}] {line}")

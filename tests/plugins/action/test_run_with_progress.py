@@ -72,7 +72,7 @@ def test_progress_is_the_log_s_last_line(monkeypatch, tmp_path):
 
     lines = []
     monkeypatch.setattr(run_with_progress, "SHOW_SECONDS", 0.1)
-    monkeypatch.setattr(run_with_progress.display, "display", lines.append)
+    monkeypatch.setattr(run_with_progress, "show", lines.append)
     action = run_with_progress.ActionModule.__new__(run_with_progress.ActionModule)
     monkeypatch.setattr(action, "_shell_out", shell_out)
     (tmp_path / "pid").write_text(str(os.getpid()))

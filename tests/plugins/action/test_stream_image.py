@@ -99,7 +99,7 @@ def test_check_mode_loads_nothing(load, tmp_path):
 def test_progress_is_shown_in_mib(monkeypatch, tmp_path):
     lines = []
     monkeypatch.setattr(stream_image, "SHOW_SECONDS", 0.2)
-    monkeypatch.setattr(stream_image.display, "display", lines.append)
+    monkeypatch.setattr(stream_image, "show", lines.append)
     (tmp_path / "archive").write_bytes(bytes(3 * MIB))
     with (tmp_path / "archive").open("rb") as archive:
         process = subprocess.Popen(

@@ -1,0 +1,57 @@
+"""Documentation of the action plugin ``show_run``, which does all the work."""
+
+DOCUMENTATION = """
+module: show_run
+short_description: displays the table of a run
+description:
+  - >-
+    Displays what was measured, where the run's files are, and which workers failed. Where the
+    callback C(mixtral.tpu.run_report) is enabled, it displays the same table after the recap, and
+    the task displays nothing.
+  - Runs on the controller, changes nothing, and does not fail because the run has failed.
+options:
+  run_dir:
+    description: the run's directory on the controller, with C(report.json)
+    type: path
+    required: true
+  symptoms:
+    description: >-
+      the symptoms that the Cloud TPU API reports, a list of texts for each worker's host
+    type: dict
+    default: {}
+author:
+  - mixtral-tpu contributors
+"""
+
+EXAMPLES = """
+- name: Show the run
+  mixtral.tpu.show_run:
+    run_dir: runs/latest
+"""
+
+RETURN = """
+run_id:
+  description: the run's name
+  type: str
+  returned: always
+status:
+  description: C(succeeded), C(failed) or C(stopped)
+  type: str
+  returned: always
+numbers:
+  description: >-
+    C(loss) (nats a token), C(step_time_s), C(host_clock_s) and C(split_s) (seconds),
+    C(tokens_per_s_per_device), C(mfu) (a fraction), C(compile) and C(peak_memory_bytes), as in
+    C(report.json); null where a number is unknown
+  type: dict
+  returned: always
+report:
+  description: the path of C(report.json), which has all numbers
+  type: str
+  returned: always
+lines:
+  description: the table, line by line
+  type: list
+  elements: str
+  returned: always
+"""
