@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jinja2.nativetypes import NativeEnvironment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,13 @@ def test_a_roles_defaults_are_those_of_its_argument_spec(role: str) -> None:
     optional = {name for name, option in options.items() if not option.get("required")}
     assert set(defaults) == optional
     documented = {name: it["default"] for name, it in options.items() if "default" in it}
+    if role == "mixtral":
+        # They are expressions, which give their defaults where nobody sets a plain name.
+        defaults = {
+            name: NativeEnvironment().from_string(value).render() if "{{" in str(value) else value
+            for name, value in defaults.items()
+            if name in documented
+        }
     assert {name: defaults[name] for name in documented} == documented
 
 
