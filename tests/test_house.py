@@ -12,6 +12,7 @@ import pytest
 import yaml
 from jinja2.nativetypes import NativeEnvironment
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ["requirements-lock.txt", "requirements-dev.txt"]
@@ -85,6 +86,13 @@ def test_a_lock_file_has_what_the_project_asks_for(lock: str) -> None:
 
 def test_developers_run_what_users_run() -> None:
     assert pins("requirements-lock.txt").items() <= pins("requirements-dev.txt").items()
+
+
+def test_the_version_is_that_of_the_newest_release() -> None:
+    galaxy = yaml.safe_load((ROOT / "galaxy.yml").read_text(encoding="utf-8"))
+    changelog = yaml.safe_load((ROOT / "changelogs/changelog.yaml").read_text(encoding="utf-8"))
+    # Until the first release it is the version that this will have.
+    assert galaxy["version"] == max(changelog["releases"], key=Version, default="0.1.0")
 
 
 @pytest.mark.parametrize("role", ROLES)
