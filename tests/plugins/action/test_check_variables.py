@@ -45,7 +45,7 @@ def test_every_public_name_is_explained_by_a_variable_of_a_role():
 
 
 def test_what_others_set_is_no_public_name():
-    assert not {"tpu_zone", "tpu_accelerator_type", "mixtral_zone", "nightly__date"} & PUBLIC.keys()
+    assert not {"tpu_zone", "tpu_project", "mixtral_zone", "nightly__date"} & PUBLIC.keys()
 
 
 def test_a_key_of_a_dictionary_is_told_from_its_neighbours():
