@@ -107,7 +107,7 @@ def settings_given(public: Collection[str], given: Mapping[str, Any]) -> Iterato
 
 
 class ActionModule(ActionBase):
-    """``check_variables``: it has no arguments."""
+    """The action ``check_variables``; its documentation is in plugins/modules."""
 
     _requires_connection = False
     _supports_check_mode = True
