@@ -58,10 +58,11 @@ test: ## Set everything up, then run every check; the last lines say what took h
 quick: lint unit ## Lint and unit tests: what needs no engine and no image
 
 .PHONY: lint
-lint: $(READY) ## Python, Ansible, and whether generated files are up to date
+lint: $(READY) ## Python, Ansible, the changelog, and whether generated files are up to date
 	ruff check
 	ruff format --check
 	ansible-lint
+	antsibull-changelog lint
 	python -m docs.generate --check
 
 .PHONY: unit
@@ -114,6 +115,10 @@ lock: $(READY) ## Write the lock files anew, with the newest versions that pypro
 
 COMPILE := uv pip compile pyproject.toml requirements.txt --quiet --upgrade --generate-hashes --no-emit-index-url \
   --python-version 3.11 --custom-compile-command 'make lock'
+
+.PHONY: release
+release: $(READY) ## Release what is committed: make release VERSION=1.2.3
+	@changelogs/release.sh '$(VERSION)'
 
 .PHONY: clean
 clean: ## Remove what set-up and tests have left; the trainer image and runs/ stay

@@ -13,6 +13,7 @@ and the exit code is 1 when something is out of date.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -23,13 +24,19 @@ import jinja2
 import yaml
 from jinja2 import nodes
 
-from plugins.plugin_utils.variables import public_names, read_variables, role_options
+from plugins.plugin_utils.variables import (
+    PREFIX,
+    public_names,
+    read_variables,
+    role_options,
+    sources,
+)
 from trainer.arguments import GROUPS, NOT_COMPILED
 from trainer.flags import Flag, flags_of
 from trainer.tpu import CHIPS, topology_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MAPPING = ROOT / "playbooks" / "group_vars" / "all"
+SETTINGS = ROOT / "roles" / "mixtral" / "defaults" / "main"
 TRAIN = ROOT / "roles" / "train"
 BEGIN = "      # The trainer's flags: written by `make docs` from trainer/arguments.py\n"
 END = "      # The end of what `make docs` writes\n"
@@ -44,6 +51,13 @@ MARKUP = [
     (re.compile(r"\bB\(([^)]*)\)"), r"**\1**"),
     (re.compile(r"\bL\(([^,)]*), *([^)]*)\)"), r"[\1](\2)"),
 ]
+
+
+def spec_texts(details: dict[str, Any]) -> list[str]:
+    """Return the paragraphs of an option's description, each on one line."""
+    description = details.get("description") or []
+    texts = [description] if isinstance(description, str) else description
+    return [" ".join(text.split()) for text in texts]
 
 
 def paragraphs(description: str | list[str] | None) -> list[str]:
@@ -80,17 +94,19 @@ def default(details: dict[str, Any]) -> str:
     return "(required)" if details.get("required") else code(details.get("default"))
 
 
-def public_defaults(expression: str) -> Iterator[tuple[str, Any]]:
-    """Yield every public name in an expression of the map, with its default there.
+def public_default(name: str, expression: Any) -> Any:
+    """Return what a public name is when nobody sets it, from its line in the role mixtral.
 
-    The default is None where it is no constant but follows from other variables.
+    That is None where it is no constant but follows from other variables.
     """
+    if not isinstance(expression, str):
+        return expression
     for item in jinja2.Environment().parse(expression).find_all(nodes.Filter):
-        if item.name == "default" and isinstance(item.node, nodes.Name):
-            try:
-                yield item.node.name, item.args[0].as_const()
-            except nodes.Impossible:
-                yield item.node.name, None
+        if item.name == "default" and isinstance(item.node, nodes.Name) and item.node.name == name:
+            with contextlib.suppress(nodes.Impossible):
+                return item.args[0].as_const()
+            return None
+    return expression
 
 
 def yaml_value(value: object) -> str:
@@ -110,17 +126,17 @@ def role_variable(flag: Flag) -> dict[str, Any]:
     literal = repr(public) if isinstance(public, str) else repr(public).lower()
     expression = f"{flag.name} | default({literal})"
     if flag.alias:
-        expression = f"{flag.alias} | default({expression})"
-    if flag.kind in (bool, int, float) and public is not None:
-        expression += f" | {flag.kind.__name__}"
+        expression = f"mixtral_{flag.alias} | default({expression}, true)"
+    number = flag.kind in (bool, int, float) and public is not None
     return {
         "name": flag.name,
         "variable": f"train_{flag.name}",
         "type": {bool: "bool", int: "int", float: "float", Path: "path"}.get(flag.kind, "str"),
         "choices": ([""] if flag.optional and flag.choices else []) + list(flag.choices),
-        "default": default,
         "description": re.sub(r"`([^`]+)`", r"C(\1)", flag.help),
-        "expression": expression,
+        "alias": flag.alias,
+        "public": expression,
+        "filter": f" | {flag.kind.__name__}" if number else "",
     }
 
 
@@ -145,25 +161,20 @@ def flag_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
     head, rest = path.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(END)[1]
     launchers_own = yaml.safe_load(head + tail)["argument_specs"]["main"]["options"]
-    by_hand = read_variables(TRAIN / "defaults/main/main.yml")
     settings = [flag for flag in flags if flag["variable"] not in launchers_own]
-    options = [
-        flag | {"default": by_hand.get(flag["variable"], flag["default"])} for flag in settings
-    ]
-    text = environment.get_template("flags.argument_specs.yml.j2").render(flags=options)
+    text = environment.get_template("flags.argument_specs.yml.j2").render(flags=settings)
     yield path, head + BEGIN + text + END + tail
 
+    by_hand = read_variables(TRAIN / "defaults/main/main.yml")
     defaults = [flag for flag in settings if flag["variable"] not in by_hand]
     text = environment.get_template("flags.defaults.yml.j2").render(flags=defaults)
     yield TRAIN / "defaults/main/flags.yml", text
 
-    by_hand = read_variables(MAPPING / "main.yml")
-    mapped = {
-        title: [it for it in group if it in settings and it["variable"] not in by_hand]
-        for title, group in groups.items()
+    public = {
+        title: [flag for flag in group if flag in defaults] for title, group in groups.items()
     }
-    text = environment.get_template("flags.group_vars.yml.j2").render(groups=mapped)
-    yield MAPPING / "flags.yml", text
+    text = environment.get_template("flags.settings.yml.j2").render(groups=public)
+    yield SETTINGS / "flags.yml", text
 
 
 def chip_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
@@ -184,30 +195,35 @@ def chip_files(environment: jinja2.Environment) -> Iterator[tuple[Path, str]]:
     yield PLAN, head + CONSTANTS + table + END_OF_CONSTANTS + tail
 
 
-def sections() -> list[dict[str, Any]]:
-    """Return the map of public names as its comments divide it: title, text, rows of a table.
-
-    Blocks of the same title are one section, with the flags in their own order.
-    """
-    specs = public_names(MAPPING, role_options(ROOT / "roles"))
+def settings() -> dict[str, dict[str, Any]]:
+    """Return every public name with its spec, in which ``default`` may be None."""
+    specs = public_names(ROOT / "roles")
     for flag in (flag for group in GROUPS for flag in flags_of(group) if flag.alias):
         meaning = f"Another name of C({flag.name})."
-        specs[flag.alias] = specs[flag.alias] | {"description": meaning}
+        specs[flag.alias] = specs[flag.name] | {"description": meaning}
+    for name, expression in read_variables(SETTINGS).items():
+        plain = name.removeprefix(PREFIX)
+        specs[plain] = specs[plain] | {"default": public_default(plain, expression)}
+    return specs
+
+
+def sections() -> list[dict[str, Any]]:
+    """Return the public names as the comments of the role mixtral divide them.
+
+    A section has a title, a text and the rows of a table. Blocks of the same title are one section,
+    with the flags in their own order.
+    """
+    specs = settings()
     found: dict[str, dict[str, Any]] = {}
-    seen = set()
-    for path in (MAPPING / "main.yml", MAPPING / "flags.yml"):
+    for path in (SETTINGS / "main.yml", SETTINGS / "flags.yml"):
         for block in path.read_text(encoding="utf-8").split("\n\n")[1:]:
             lines = block.splitlines()
             comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
             title, _, text = comment.partition(". ")
             section = found.setdefault(title, {"title": title, "text": text, "rows": []})
-            for expression in yaml.safe_load(block).values():
-                for name, value in public_defaults(expression):
-                    if name not in seen:
-                        seen.add(name)
-                        section["rows"].append(
-                            {"name": name, "default": value, "spec": specs[name]}
-                        )
+            for variable in yaml.safe_load(block):
+                name = variable.removeprefix(PREFIX)
+                section["rows"].append({"name": name, "spec": specs[name]})
     order = [name for group in GROUPS for it in flags_of(group) for name in (it.name, it.alias)]
     for title in map(flag_title, GROUPS):
         found[title]["rows"].sort(key=lambda row: order.index(row["name"]))
@@ -215,15 +231,19 @@ def sections() -> list[dict[str, Any]]:
 
 
 def role_sections() -> Iterator[dict[str, Any]]:
-    """Yield every role: its name, the variables that the map makes, and its other options."""
-    mapped = read_variables(MAPPING)
+    """Yield every role: its name, the variables that public names set, and its other options."""
+    helpers = read_variables(ROOT / "roles/mixtral/vars")
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
-        options = role_options(path.parents[2], path.parents[1].name)
-        yield {
-            "name": path.parents[1].name,
-            "mapped": [name for name in options if name in mapped],
-            "options": {name: it for name, it in options.items() if name not in mapped},
-        }
+        role = path.parents[1]
+        if role.name != "mixtral":
+            defaults = read_variables(role / "defaults")
+            options = role_options(path.parents[2], role.name)
+            mapped = [name for name in options if any(sources(defaults.get(name), helpers))]
+            yield {
+                "name": role.name,
+                "mapped": mapped,
+                "options": {name: it for name, it in options.items() if name not in mapped},
+            }
 
 
 def documents() -> Iterator[tuple[Path, str]]:
@@ -249,6 +269,11 @@ def documents() -> Iterator[tuple[Path, str]]:
     }
     yield from flag_files(environment)
     yield from chip_files(environment)
+    path = ROOT / "roles/mixtral/meta/argument_specs.yml"
+    names = {
+        name: spec | {"meaning": " ".join(spec_texts(spec))} for name, spec in settings().items()
+    }
+    yield path, environment.get_template("settings.argument_specs.yml.j2").render(names=names)
     role_page = environment.get_template("role.md.j2")
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
         specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]

@@ -234,31 +234,10 @@ def disk_errors(free_gib: float, needed_gib: float, runs_dir: str) -> Iterator[s
 
 
 class ActionModule(ActionBase):
-    """``assess_worker``: see roles/train/tasks/preflight.yml for its arguments."""
+    """The action ``assess_worker``; its documentation is in plugins/modules."""
 
     _requires_connection = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(
-        (
-            "accelerator_users",
-            "configuration",
-            "detach",
-            "free_gib",
-            "identity",
-            "image",
-            "images",
-            "inspections",
-            "name",
-            "needed_gib",
-            "resume",
-            "runs_dir",
-            "runtime",
-            "stack",
-            "venv",
-            "venv_exists",
-            "wanted",
-        )
-    )
 
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
@@ -267,7 +246,32 @@ class ActionModule(ActionBase):
         resume as ``resumes``, each None where there is none.
         """
         super().run(tmp, task_vars)
-        args, own = self._task.args, task_vars["inventory_hostname"]
+        _, args = self.validate_argument_spec(
+            {
+                "inspections": {"type": "dict", "required": True},
+                "wanted": {"type": "dict", "required": True},
+                "resume": {
+                    "type": "str",
+                    "choices": ["auto", "bucket", "must", "never"],
+                    "required": True,
+                },
+                "name": {"type": "str", "default": ""},
+                "detach": {"type": "bool", "default": False},
+                "runtime": {"type": "str", "choices": ["container", "native"], "required": True},
+                "runs_dir": {"type": "str", "required": True},
+                "stack": {"type": "str", "required": True},
+                "venv": {"type": "str", "required": True},
+                "venv_exists": {"type": "bool", "required": True},
+                "image": {"type": "str", "required": True},
+                "images": {"type": "list", "elements": "dict", "required": True},
+                "identity": {"type": "str", "default": ""},
+                "configuration": {"type": "list", "elements": "dict", "required": True},
+                "accelerator_users": {"type": "list", "elements": "dict", "required": True},
+                "free_gib": {"type": "float", "required": True},
+                "needed_gib": {"type": "float", "required": True},
+            }
+        )
+        own = task_vars["inventory_hostname"]
         inspection = args["inspections"][own]
         run_id = run_to_follow(inspection, args["wanted"], args["name"])
         errors = list(self._errors(args, own, run_id))

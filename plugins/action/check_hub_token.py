@@ -150,18 +150,23 @@ def is_repository(name: str) -> bool:
 
 
 class ActionModule(ActionBase):
-    """``check_hub_token``: see roles/huggingface/tasks/main.yml for its arguments."""
+    """The action ``check_hub_token``; its documentation is in plugins/modules."""
 
     _requires_connection = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("datasets", "endpoint", "models"))
 
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the token's ``user``, None without a token; fail with everything it may not do."""
         super().run(tmp, task_vars)
-        args = self._task.args
+        _, args = self.validate_argument_spec(
+            {
+                "endpoint": {"type": "str", "default": ""},
+                "models": {"type": "list", "elements": "str", "default": []},
+                "datasets": {"type": "list", "elements": "str", "default": []},
+            }
+        )
         token = self._templar.template(task_vars["huggingface__token"])
         if not token["value"]:
             return {"changed": False, "user": None}

@@ -176,30 +176,31 @@ def failure_text(record: dict[str, Any], log: Path) -> str:
 
 
 class ActionModule(ActionBase):
-    """``follow_run``: see roles/train/tasks/main.yml for its arguments."""
+    """The action ``follow_run``; its documentation is in plugins/modules."""
 
-    _VALID_ARGS = frozenset(
-        (
-            "container",
-            "lease_seconds",
-            "local_dir",
-            "max_steps",
-            "poll_seconds",
-            "process_dir",
-            "run_id",
-            "runs_dir",
-            "since",
-            "stop_seconds",
-            "workers",
-        )
-    )
+    _supports_check_mode = False
 
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Wait until the trainer has ended; fail unless it succeeded."""
         super().run(tmp, task_vars)
-        self.args, self.task_vars = self._task.args, task_vars
+        _, self.args = self.validate_argument_spec(
+            {
+                "run_id": {"type": "str", "required": True},
+                "container": {"type": "str", "required": True},
+                "process_dir": {"type": "str", "required": True},
+                "runs_dir": {"type": "str", "required": True},
+                "local_dir": {"type": "path", "required": True},
+                "workers": {"type": "list", "elements": "str", "required": True},
+                "since": {"type": "float", "required": True},
+                "max_steps": {"type": "int", "required": True},
+                "lease_seconds": {"type": "int", "required": True},
+                "stop_seconds": {"type": "int", "required": True},
+                "poll_seconds": {"type": "float", "required": True},
+            }
+        )
+        self.task_vars = task_vars
         self.host = task_vars["inventory_hostname"]
         self.workers = Path(self.args["local_dir"]) / "workers"
         self.mirror = Mirror(self.workers / self.host)
@@ -274,7 +275,9 @@ class ActionModule(ActionBase):
             "rewritten": list(REWRITTEN),
         }
         try:
-            answer = self._execute_module("trainer_state", arguments, task_vars=self.task_vars)
+            answer = self._execute_module(
+                "mixtral.tpu.trainer_state", arguments, task_vars=self.task_vars
+            )
         except AnsibleConnectionFailure as error:
             return {}, f"SSH: {error}"
         # Without an engine the trainer can still run as a process (runtime=native).

@@ -172,7 +172,7 @@ class SliceLifecycle:
 
     def __init__(self, cloud: CloudTpu, name: str, args: Mapping[str, Any], check: bool) -> None:
         self.cloud, self.name, self.args, self.check = cloud, name, args, check
-        self.known_hosts = Path(args["known_hosts"]).expanduser()
+        self.known_hosts = Path(args["known_hosts"])
         self._started = time.monotonic()
         self._last_progress, self._last_progress_seconds = "", 0.0
 
@@ -326,26 +326,46 @@ class SliceLifecycle:
 
 
 class ActionModule(ActionBase):
-    """``slice``: see roles/slice/tasks/main.yml for its arguments."""
+    """The action ``slice``; its documentation is in plugins/modules."""
 
     _requires_connection = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(
-        (
-            "accelerator_type", "count", "data_disks", "expired", "external_ips", "known_hosts",
-            "labels", "max_hours", "metadata", "name", "network", "poll_seconds", "project",
-            "queued", "reserved", "runtime_version", "service_account", "spot",
-            "ssh_public_key_file", "ssh_user", "state", "subnetwork", "timeout_minutes",
-            "topology", "zone",
-        )
-    )  # fmt: skip
 
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Create or delete the slice; fail with the cause and the next step in one line."""
         super().run(tmp, task_vars)
-        args, check = self._task.args, self._task.check_mode
+        _, args = self.validate_argument_spec(
+            {
+                "state": {"type": "str", "default": ""},
+                "expired": {"type": "bool", "default": False},
+                "name": {"type": "str", "default": ""},
+                "project": {"type": "str", "required": True},
+                "zone": {"type": "str", "required": True},
+                "accelerator_type": {"type": "str", "default": ""},
+                "topology": {"type": "str", "default": ""},
+                "runtime_version": {"type": "str", "default": ""},
+                "spot": {"type": "bool", "default": False},
+                "reserved": {"type": "bool", "default": False},
+                "queued": {"type": "bool", "default": False},
+                "count": {"type": "int", "default": 0},
+                "max_hours": {"type": "float", "default": 0},
+                "network": {"type": "str", "default": ""},
+                "subnetwork": {"type": "str", "default": ""},
+                "external_ips": {"type": "bool", "default": True},
+                "labels": {"type": "dict", "default": {}},
+                "metadata": {"type": "dict", "default": {}},
+                "service_account": {"type": "str", "default": ""},
+                "data_disks": {"type": "list", "elements": "str", "default": []},
+                "ssh_user": {"type": "str", "default": ""},
+                "ssh_public_key_file": {"type": "path", "default": ""},
+                "timeout_minutes": {"type": "float", "default": 60},
+                "poll_seconds": {"type": "float", "default": 10},
+                "known_hosts": {"type": "path", "default": "~/.ssh/mixtral_tpu_known_hosts"},
+            }
+        )
+        check = self._task.check_mode
         try:
             for name, variable in (("project", "PROJECT"), ("zone", "ZONE"), ("name", "TPU_NAME")):
                 if not args[name] and not (name == "name" and args["expired"]):
@@ -372,7 +392,7 @@ class ActionModule(ActionBase):
         """
         if args["spot"] and args["reserved"]:
             raise CloudTpuError("spot and reserved are both true: set at most one of them")
-        wanted = {name: args[name] for name in self._VALID_ARGS if name in args}
+        wanted = dict(args)
         wanted["labels"] = {key: str(value) for key, value in args["labels"].items()}
         wanted["metadata"] = {key: str(value) for key, value in args["metadata"].items()}
         if args["max_hours"]:

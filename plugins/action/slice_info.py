@@ -33,18 +33,22 @@ def summary(slice_: Slice) -> str:
 
 
 class ActionModule(ActionBase):
-    """``slice_info: {project, zone}``, on the controller."""
+    """The action ``slice_info``; its documentation is in plugins/modules."""
 
     _requires_connection = False
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("project", "zone"))
 
     def run(
         self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return ``lines``, one for each slice, and ``symptoms``, a list for each worker's host."""
         super().run(tmp, task_vars)
-        args = self._task.args
+        _, args = self.validate_argument_spec(
+            {
+                "project": {"type": "str", "required": True},
+                "zone": {"type": "str", "required": True},
+            }
+        )
         try:
             slices = CloudTpu(args["project"], args["zone"], from_environment()).slices()
         except CloudTpuError as error:

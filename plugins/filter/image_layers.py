@@ -8,7 +8,7 @@ from typing import Any
 
 DOCUMENTATION = """
 name: held_layers
-short_description: the layers of an image that all workers have
+short_description: The layers of an image that all workers have
 description:
   - Returns the digests of the layers that an archive of the image may omit for these workers.
   - An engine identifies a layer by all layers below it, so only layers that the image shares from
@@ -18,24 +18,25 @@ description:
 positional: _input, workers
 options:
   _input:
-    description: digests of the image's layers from the bottom up, its C(RootFS.Layers)
+    description: The digests of the image's layers from the bottom up, its C(RootFS.Layers).
     type: list
     elements: str
     required: true
   workers:
-    description: for each worker, the engine's descriptions of its images (C(docker image inspect))
+    description: >-
+      For each worker, the engine's descriptions of its images (C(docker image inspect)).
     type: list
     elements: list
     required: true
 """
 
 EXAMPLES = """
-held: "{{ image.RootFS.Layers | held_layers([worker0.images, worker1.images]) }}"
+held: "{{ image.RootFS.Layers | mixtral.tpu.held_layers([worker0.images, worker1.images]) }}"
 """
 
 RETURN = """
 _value:
-  description: digests
+  description: The digests.
   type: list
   elements: str
 """

@@ -48,4 +48,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"clock": clock, "last_steps": last_steps, "progress": progress}
+        return {"last_steps": last_steps, "progress": progress}

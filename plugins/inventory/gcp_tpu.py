@@ -16,6 +16,8 @@ from ansible.plugins.inventory import BaseInventoryPlugin, Cacheable, Constructa
 from ansible.utils.context_objects import GlobalCLIArgs
 from ansible.utils.vars import load_extra_vars
 
+from ..plugin_utils.requirements import unmet_requirements
+
 DOCUMENTATION = r"""
 name: gcp_tpu
 short_description: Workers of Cloud TPU slices
@@ -259,7 +261,10 @@ class InventoryModule(BaseInventoryPlugin, Constructable, Cacheable):
             with contextlib.suppress(KeyError):
                 return self._cache[key]
         # Google's client takes half a second to load, which a filled cache saves.
-        from ..plugin_utils.cloud_tpu import CloudTpu, CloudTpuError
+        try:
+            from ..plugin_utils.cloud_tpu import CloudTpu, CloudTpuError
+        except ImportError as error:
+            raise AnsibleParserError(unmet_requirements() or str(error)) from None
 
         options = {name: self.get_option(name) for name in AUTH}
         slices = []

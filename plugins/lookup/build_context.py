@@ -11,7 +11,7 @@ from ansible.plugins.lookup import LookupBase
 
 DOCUMENTATION = """
 name: build_context
-short_description: the files that an image is built from, and their hash
+short_description: The files that an image is built from, and their hash
 description:
   - Lists the files below some paths of the controller, without hidden files and without those that
     Python has compiled.
@@ -19,27 +19,32 @@ description:
     every controller that has the same files.
 options:
   _terms:
-    description: files and directories, relative to O(root)
+    description: Files and directories, relative to O(root).
     type: list
     elements: str
     required: true
   root:
-    description: the directory that paths are relative to
+    description: The directory that paths are relative to.
     type: path
     required: true
 """
 
+EXAMPLES = """
+context: "{{ lookup('mixtral.tpu.build_context', 'container', 'trainer', root='/src') }}"
+"""
+
 RETURN = """
 _list:
-  description: one dictionary
+  description: One dictionary.
   type: list
   elements: dict
   contains:
     files:
-      description: the files, sorted, relative to O(root)
+      description: The files, sorted, relative to O(root).
       type: list
+      elements: str
     sha256:
-      description: the hash
+      description: The hash.
       type: str
 """
 

@@ -14,37 +14,39 @@ from ansible.plugins.lookup import LookupBase
 
 DOCUMENTATION = """
 name: hub_token
-short_description: the token for the Hugging Face hub
+short_description: The token for the Hugging Face hub
 description:
-  - The sources are a variable, a file, and the controller's environment variable C(HF_TOKEN), in
+  - The sources are a variable, a file, and the controller's environment variable E(HF_TOKEN), in
     this order.
   - Fails for a text that cannot be a token, and for a token on the command line of
     C(ansible-playbook), where every user of the controller can read it.
 options:
-  _terms:
-    description: none
-    type: list
   variable:
-    description: the value of C(hf_token)
+    description: The value of the variable C(hf_token).
     type: str
     default: ""
   file:
-    description: path on the controller of a file with the token, which may be an Ansible vault
+    description: >-
+      The path on the controller of a file with the token, which may be encrypted by ansible-vault.
     type: str
     default: ""
 """
 
+EXAMPLES = """
+huggingface__token: "{{ lookup('mixtral.tpu.hub_token', file='~/.hf_token') }}"
+"""
+
 RETURN = """
 _list:
-  description: one dictionary
+  description: One dictionary.
   type: list
   elements: dict
   contains:
     value:
-      description: the token; empty if no source has one
+      description: The token. Empty if no source has one.
       type: str
     source:
-      description: where the token was found
+      description: Where the token was found. Empty likewise.
       type: str
 """
 

@@ -15,33 +15,35 @@ from ansible.plugins.lookup import LookupBase
 
 DOCUMENTATION = """
 name: pip_settings
-short_description: the settings by which the controller's pip reaches its package index
+short_description: The settings by which the controller's pip reaches its package index
 description:
   - Reads C(pip config list), which has both the configuration files and the C(PIP_*) variables.
   - Returns the settings for the addresses of packages and for the network. A local directory and a
     C(file://) index are left out, because they do not exist inside a build.
   - The result can contain an index's password, so it has to be a secret of the build.
 options:
-  _terms:
-    description: none
-    type: list
   ca_path:
-    description: path of the certificate bundle inside the build
+    description: The path of the certificate bundle inside the build.
     type: str
     required: true
 """
 
+EXAMPLES = """
+secrets: "{{ lookup('mixtral.tpu.pip_settings', ca_path='/run/secrets/ca') }}"
+"""
+
 RETURN = """
 _list:
-  description: one dictionary
+  description: One dictionary.
   type: list
   elements: dict
   contains:
     pip:
-      description: the text of a C(pip.conf)
+      description: The text of a C(pip.conf).
       type: str
     ca:
-      description: the certificates that pip, or else this machine, trusts; empty if there are none
+      description: >-
+        The certificates that pip, or else this machine, trusts. Empty if there are none.
       type: str
 """
 

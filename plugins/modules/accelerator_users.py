@@ -22,15 +22,20 @@ options:
     type: list
     elements: str
     default: ['/dev/accel*', '/dev/vfio/[0-9]*', /tmp/libtpu_lockfile]
+extends_documentation_fragment: ansible.builtin.action_common_attributes
 attributes:
   check_mode:
     support: full
+  diff_mode:
+    support: none
+  platform:
+    platforms: posix
 """
 
 EXAMPLES = r"""
 - name: List the processes that hold the accelerator
   become: true
-  accelerator_users:
+  mixtral.tpu.accelerator_users:
 """
 
 RETURN = r"""

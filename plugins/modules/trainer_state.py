@@ -75,14 +75,19 @@ options:
     description: How many bytes of a file are returned at most; the next call returns the rest.
     type: int
     default: 1048576
+extends_documentation_fragment: ansible.builtin.action_common_attributes
 attributes:
   check_mode:
     support: full
+  diff_mode:
+    support: none
+  platform:
+    platforms: posix
 """
 
 EXAMPLES = r"""
 - name: Read the state of the trainer
-  trainer_state:
+  mixtral.tpu.trainer_state:
     container: mixtral-trainer
     runs_dir: ~/mixtral-trainer/runs
     appended:
@@ -305,7 +310,7 @@ def main() -> None:
             "appended": {"type": "dict", "default": {}},
             "inodes": {"type": "dict", "default": {}},
             "rewritten": {"type": "list", "elements": "str", "default": []},
-            "max_bytes": {"type": "int", "default": 2**20},
+            "max_bytes": {"type": "int", "default": 1048576},
         },
         supports_check_mode=True,
     )

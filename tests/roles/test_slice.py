@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.playbook import Playbook, run_playbook
 from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
@@ -21,13 +22,14 @@ def api() -> Iterator[TpuApi]:
 def play(api: TpuApi, tmp_path: Path) -> Play:
     """Run it with these variables of a user."""
 
-    def run(*variables: str) -> Playbook:
+    def run(*variables: str, inventory: str | Path = "inventory/local") -> Playbook:
         return run_playbook(
             "slice.yml",
             *(word for variable in variables for word in ("-e", variable)),
             environment={"TPU_NAME": "my-tpu", "ZONE": ZONE, "PROJECT": PROJECT}
             | {"TPU_API_ENDPOINT": api.endpoint, "GCP_AUTH_KIND": "anonymous"}
             | {"HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"},
+            inventory=inventory,
             slice_known_hosts=str(tmp_path / "known_hosts"),
         )
 
@@ -69,3 +71,28 @@ def test_wrong_names_and_values_are_refused_before_the_api_is_asked(
     )
     assert "spot" in refused.screen
     assert not api.requests
+
+
+def test_an_inventory_says_what_a_slice_is_that_has_no_workers_yet(
+    api: TpuApi, play: Play, tmp_path: Path
+) -> None:
+    groups = {
+        # A shop's own variables
+        "all": {"state": "absent", "zone": "basement", "mixtral_zone": ZONE},
+        "tpu_workers": {"accelerator_type": "v5p-8", "spot": True, "network": "of-workers"},
+        "my_tpu": {"network": "of-slice"},
+    }
+    (tmp_path / "group_vars").mkdir()
+    for name, variables in groups.items():
+        (tmp_path / f"group_vars/{name}.yml").write_text(yaml.safe_dump(variables))
+    hosts = tmp_path / "hosts.yml"
+    hosts.write_text("tpu_workers: {children: {my_tpu: {}}}")
+
+    assert "state is ''" in play(inventory=hosts).words
+    made = play("state=present", inventory=hosts)
+    assert made.code == 0
+    node = api.node("my-tpu")
+    assert node["acceleratorType"] == "v5p-8"
+    assert node["schedulingConfig"] == {"spot": True}
+    assert node["networkConfig"]["network"] == "of-slice"
+    assert made.recap.count("localhost") == 1

@@ -19,7 +19,7 @@ ROLE = ROOT / "roles/train"
 OPTIONS = yaml.safe_load((ROLE / "meta/argument_specs.yml").read_text())["argument_specs"]["main"][
     "options"
 ]
-MAPPING = ROOT / "playbooks/group_vars/all"
+SETTINGS = ROOT / "roles/mixtral"
 FLAGS = {
     field.name: (get_type_hints(group)[field.name], field.default)
     for group in (ModelArguments, DataArguments, TrainingArguments)
@@ -61,11 +61,11 @@ GUIDE_ENVIRONMENT = {
 
 
 def variables_in(*directories: Path) -> dict[str, Any]:
-    """Return what Ansible loads from the files of some directories, expressions as they stand."""
+    """Return what Ansible loads from the files below some directories, as they stand."""
     loader = DataLoader()
     variables: dict[str, Any] = {}
     for directory in directories:
-        for path in sorted(directory.glob("*.yml")):
+        for path in sorted(directory.glob("**/*.yml")):
             variables |= loader.load_from_file(str(path), trusted_as_template=True)
     return variables
 
@@ -105,14 +105,6 @@ def test_what_the_role_is_given_is_what_its_spec_allows(resolve, public):
     assert not validator.validate(values).error_messages
 
 
-# The role always trains, into a directory of its own, with paths of its own.
-@pytest.mark.parametrize(
-    "flag", sorted(FLAGS.keys() - {"do_train", "overwrite_output_dir", *PLACES})
-)
-def test_a_default_is_the_trainer_s(flag):
-    assert (DEFAULTS[f"train_{flag}"] or None) == (FLAGS[flag][1] or None)
-
-
 def test_a_boolean_that_is_left_out_is_off():
     assert not any(default for kind, default in FLAGS.values() if kind is bool)
 
@@ -120,8 +112,10 @@ def test_a_boolean_that_is_left_out_is_off():
 @pytest.fixture(scope="module")
 def resolve():
     """Return what the role makes of public names, as Ansible resolves them in train.yml."""
-    variables = variables_in(ROLE / "defaults/main", MAPPING, ROLE / "vars/main")
-    variables |= {"playbook_dir": str(ROOT / "playbooks"), "role_path": str(ROLE)}
+    others = [ROOT / "roles" / name / "defaults" for name in ("huggingface", "nightly")]
+    settings = [SETTINGS / "defaults", SETTINGS / "vars"]
+    variables = variables_in(*settings, *others, ROLE / "defaults", ROLE / "vars")
+    variables["role_path"] = str(ROLE)
 
     def resolved(name: str, **public: Any) -> Any:
         return Templar(DataLoader(), variables=variables | public).template(variables[name])
@@ -157,7 +151,7 @@ def test_every_flag_reaches_the_trainer(resolve, flag):
 @pytest.mark.parametrize("flag", PLACES)
 def test_the_trainer_is_told_where_everything_is(resolve, flag):
     given = resolve("train__flags_of_run", report_to="tensorboard")[flag]
-    assert given == DEFAULTS[f"train_{flag}"]
+    assert given == resolve(f"train_{flag}")
     assert given.startswith("/")
 
 
@@ -316,8 +310,9 @@ def test_the_container_cannot_write_to_the_login(resolve):
 def test_no_variable_that_is_recorded_holds_the_token(resolve):
     tasks = (ROLE / "tasks/prepare.yml").read_text()
     recorded = re.search(r"builtin\.varnames', '(.+?)'", tasks)[1]
-    names = [name for name in DEFAULTS | variables_in(MAPPING) if re.search(recorded, name)]
-    assert {"train_max_steps", "mixtral_config_model"} <= set(names)
+    names = [name for name in DEFAULTS if re.search(recorded, name)]
+    assert "train_max_steps" in names
+    assert not re.search(recorded, "mixtral_hf_token")
     assert not re.search(recorded, "hf_token")
     assert not re.search(recorded, "huggingface_token")
     assert resolve("huggingface_token", hf_token="of-this-test") == "of-this-test"

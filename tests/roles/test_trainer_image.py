@@ -3,14 +3,17 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible.parsing.dataloader import DataLoader
 from ansible.template import Templar
 
@@ -79,25 +82,48 @@ def test_an_empty_archive_is_an_error():
     assert thin(b"").returncode == 1
 
 
-def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_path):
+def template(file: str, name: str, role: Path = ROLE, /, **variables: object) -> str:
+    """The command of the task ``name`` in a file of the role that stands in ``role``."""
     loader = DataLoader()
-    variables, tasks = (
+    of_role, tasks = (
         loader.load_from_file(str(ROLE / path), trusted_as_template=True)
-        for path in ("vars/main.yml", "tasks/ship.yml")
+        for path in ("vars/main.yml", file)
     )
-    steps = {step["name"]: step for task in tasks for step in task.get("block", [])}
-    variables |= {
-        "ansible_playbook_python": sys.executable,
-        "trainer_image_name": "trainer",
-        "trainer_image_stack": "release",
-        "trainer_image_source_dir": str(tmp_path),
-        "trainer_image__found": {"images": [{"RootFS": {"Layers": []}}]},
-        "trainer_image__images_of_workers": [[]],
-    }
-    templar = Templar(loader, variables=variables)
-    command = templar.template(
-        steps["Archive the layers that workers lack"]["mixtral.tpu.run_with_progress"]["cmd"]
-    )
+    steps = {step["name"]: step for task in tasks for step in task.get("block", [task])}
+    own = {"role_path": str(role), "ansible_playbook_python": sys.executable}
+    templar = Templar(loader, variables=of_role | own | variables)
+    return templar.template(steps[name]["mixtral.tpu.run_with_progress"]["cmd"])
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_an_image_is_labelled_with_the_version_that_builds_it(tmp_path, installed):
+    if installed:
+        root, version = tmp_path, "7.8.9"
+        (root / "MANIFEST.json").write_text(json.dumps({"collection_info": {"version": version}}))
+    else:
+        root, version = ROOT, yaml.safe_load((ROOT / "galaxy.yml").read_text())["version"]
+    role = root / "roles/trainer_image"
+    role.mkdir(parents=True, exist_ok=True)
+    command = template(
+        "tasks/build.yml", "Build {{ trainer_image__reference }}", role,
+        trainer_image_name="trainer", trainer_image_stack="release", trainer_image_sources={},
+        trainer_image_dockerfile="Dockerfile", trainer_image_base="debian",
+        trainer_image__context={"sha256": "0"}, trainer_image__client="docker",
+        trainer_image__pulled_base={}, trainer_image__found_bases={},
+    )  # fmt: skip
+    words = shlex.split(command)
+    labels = [words[at + 1] for at, word in enumerate(words) if word == "--label"]
+    assert f"org.opencontainers.image.version={version}" in labels
+
+
+def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_path):
+    command = template(
+        "tasks/ship.yml", "Archive the layers that workers lack",
+        trainer_image_name="trainer", trainer_image_stack="release",
+        trainer_image_source_dir=str(tmp_path),
+        trainer_image__found={"images": [{"RootFS": {"Layers": []}}]},
+        trainer_image__images_of_workers=[[]],
+    )  # fmt: skip
 
     (tmp_path / ".cache").mkdir()
     image, docker = tmp_path / "image.tar", tmp_path / "docker"

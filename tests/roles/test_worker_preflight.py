@@ -24,7 +24,7 @@ UNFIT = {
 def check(directory: Path, hosts: dict[str, dict], **variables: object) -> Playbook:
     play = write_play(directory, roles=["mixtral.tpu.worker_preflight"])
     inventory = write_inventory(directory, hosts)
-    return run_playbook(play, "--check", inventory=inventory, **variables)
+    return run_playbook(play, "--check", inventory=inventory, pjrt_device="CPU", **variables)
 
 
 @pytest.fixture(scope="module")
