@@ -2,25 +2,32 @@
 
 DOCUMENTATION = """
 module: show_run
-short_description: displays the table of a run
+short_description: Displays the table of a run
 description:
   - >-
     Displays what was measured, where the run's files are, and which workers failed. Where the
     callback C(mixtral.tpu.run_report) is enabled, it displays the same table after the recap, and
     the task displays nothing.
   - Runs on the controller, changes nothing, and does not fail because the run has failed.
+author: mixtral-tpu contributors
 options:
   run_dir:
-    description: the run's directory on the controller, with C(report.json)
+    description: The run's directory on the controller, with C(report.json).
     type: path
     required: true
   symptoms:
     description: >-
-      the symptoms that the Cloud TPU API reports, a list of texts for each worker's host
+      The symptoms that the Cloud TPU API reports, a list of texts for each worker's host.
     type: dict
     default: {}
-author:
-  - mixtral-tpu contributors
+extends_documentation_fragment: ansible.builtin.action_common_attributes
+attributes:
+  check_mode:
+    support: full
+  diff_mode:
+    support: none
+  platform:
+    platforms: posix
 """
 
 EXAMPLES = """
@@ -31,27 +38,27 @@ EXAMPLES = """
 
 RETURN = """
 run_id:
-  description: the run's name
+  description: The run's name.
   type: str
-  returned: always
+  returned: success
 status:
-  description: C(succeeded), C(failed) or C(stopped)
+  description: One of C(succeeded), C(failed) and C(stopped).
   type: str
-  returned: always
+  returned: success
 numbers:
   description: >-
     C(loss) (nats a token), C(step_time_s), C(host_clock_s) and C(split_s) (seconds),
     C(tokens_per_s_per_device), C(mfu) (a fraction), C(compile) and C(peak_memory_bytes), as in
-    C(report.json); null where a number is unknown
+    C(report.json). A number that is unknown is null.
   type: dict
-  returned: always
+  returned: success
 report:
-  description: the path of C(report.json), which has all numbers
+  description: The path of C(report.json), which has all numbers.
   type: str
-  returned: always
+  returned: success
 lines:
-  description: the table, line by line
+  description: The table, line by line.
   type: list
   elements: str
-  returned: always
+  returned: success
 """
