@@ -6,22 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from jinja2.nativetypes import NativeEnvironment
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTATION = {"DOCUMENTATION", "EXAMPLES", "RETURN"}
 
 
 def default_worker_dir() -> str:
-    """The default of worker_dir, as every role has it that writes below it."""
-    paths = ROOT.glob("roles/*/defaults/**/*.yml")
+    """The default of worker_dir."""
+    paths = ROOT.glob("roles/mixtral/defaults/**/*.yml")
     defaults = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths]
     (found,) = {
         value
         for variables in defaults
         for name, value in (variables or {}).items()
-        if name.endswith("_worker_dir")
+        if name == "mixtral_worker_dir"
     }
-    return found
+    return str(NativeEnvironment().from_string(found).render())
 
 
 def texts(tree: ast.AST) -> Iterator[ast.Constant]:

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar
 from ansible_collections.mixtral.tpu.plugins.action.slice import ActionModule
 from ansible_collections.mixtral.tpu.plugins.action.slice_info import ActionModule as InfoModule
 
@@ -15,7 +16,10 @@ from tests.servers.cloud_tpu import PROJECT, ZONE, TpuApi
 from tests.servers.faults import Fault
 
 ROOT = Path(__file__).resolve().parents[3]
-DEFAULTS = yaml.safe_load((ROOT / "roles/slice/defaults/main.yml").read_text())
+SETTINGS, DEFAULTS = (
+    DataLoader().load_from_file(str(ROOT / "roles" / path), trusted_as_template=True)
+    for path in ("mixtral/defaults/main/main.yml", "slice/defaults/main.yml")
+)
 Act = Callable[..., dict[str, Any]]
 
 
@@ -37,7 +41,8 @@ def known_hosts(tmp_path: Path) -> Path:
 def act(api: TpuApi, known_hosts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Act:
     """Do what the role does, with these of its variables; return the task's result."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    given = {key.removeprefix("slice_"): value for key, value in DEFAULTS.items()}
+    without_a_word = Templar(DataLoader(), variables=SETTINGS | DEFAULTS).template(DEFAULTS)
+    given = {key.removeprefix("slice_"): value for key, value in without_a_word.items()}
     given |= {"name": "my-tpu", "zone": ZONE, "project": PROJECT, "ssh_user": "ada"}
     given |= {"count": 0, "max_hours": 0, "poll_seconds": 0.02, "known_hosts": str(known_hosts)}
 
