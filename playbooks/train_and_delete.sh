@@ -6,7 +6,6 @@ set -euo pipefail
 # Job control gives every playbook its own process group, so that only this script receives Ctrl-C.
 set -m
 cd "$(dirname "$0")/.."
-export ANSIBLE_CONFIG=$PWD/ansible.cfg
 
 inventory=${INVENTORY:-inventory/gcp}
 restarts=${RESTARTS:-0}
