@@ -39,8 +39,10 @@ pipelining = false
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this tree in a path with blanks. Everybody may write to it."""
     copy = tmp_path_factory.mktemp("some where") / "the checkout"
-    tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
-    for name in filter(None, tracked.split("\0")):
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True
+    )
+    for name in filter(None, listed.split("\0")):
         if os.path.lexists(ROOT / name):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
