@@ -11,6 +11,11 @@ PYTHON ?= $(shell PATH="$(subst $(CURDIR)/.venv/bin:,,$(PATH))" command -v pytho
 IMAGE ?= mixtral-trainer:release
 WORKERS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# This project's settings, whatever the user's own are. Where everybody may write, Ansible takes them by name only.
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+unexport ANSIBLE_COLLECTIONS_PATH
+# Where an image's archive is kept that is being shipped
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mixtral-tpu
 
 READY := .venv/ready
 BROWSER := /usr/bin/chromedriver
@@ -126,7 +131,7 @@ clean: ## Remove what set-up and tests have left; the trainer image and runs/ st
 	  for name in sim sim2; do SIMULATED_NAME=$$name \
 	    ansible-playbook -i inventory/simulated molecule/shared/destroy.yml -e simulated_keep_images=false; done; \
 	fi
-	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache
+	rm -rf .venv .cache .ansible .pytest_cache .ruff_cache "$(CACHE)"
 
 .PHONY: help
 help:

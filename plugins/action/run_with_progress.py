@@ -64,10 +64,10 @@ class ActionModule(ActionBase):
             self._send(directory, args)
             self._start(directory, args["cmd"])
             code = self._follow(directory, host)
-            lines = self._shell_out(f"tail -n {LAST_LINES} {directory}/log") if code else ""
+            lines = self._shell_out(directory, f"tail -n {LAST_LINES} log") if code else ""
         finally:
             # The command's files may belong to root, so they are removed with the same privileges.
-            self._low_level_execute_command(f"rm -rf {directory}")
+            self._low_level_execute_command(f"rm -rf {shlex.quote(directory)}")
         result |= {"changed": True, "rc": code}
         if code:
             result |= {
@@ -78,7 +78,7 @@ class ActionModule(ActionBase):
 
     def _send(self, directory: str, args: dict[str, Any]) -> None:
         """Copy ``files`` and ``private`` to directories of these names in ``directory``."""
-        self._shell_out(f"mkdir -p -m 700 {directory}/files {directory}/private", sudoable=False)
+        self._shell_out(directory, "mkdir -m 700 files private", sudoable=False)
         for name, content in args["private"].items():
             self._transfer_data(f"{directory}/private/{name}", content)
         if args["files"]:
@@ -86,19 +86,19 @@ class ActionModule(ActionBase):
                 archive = Path(local) / "files.tar"
                 pack(Path(args["root"]), args["files"], archive)
                 self._transfer_file(str(archive), f"{directory}/files.tar")
-            self._shell_out(f"tar -xf {directory}/files.tar -C {directory}/files", sudoable=False)
+            self._shell_out(directory, "tar -xf files.tar -C files", sudoable=False)
 
     def _start(self, directory: str, command: str) -> None:
         """Start ``command`` in its own session, which outlives the connection and the playbook."""
         script = (
-            f"echo $$ > {directory}/pid; cd {directory}; "
+            "echo $$ > pid; "
             f"{self._compute_environment_string()} /bin/sh -c {shlex.quote(command)}; "
             f"code=$?; rm -rf files private; echo $code > exit"
         )
         self._shell_out(
-            f"trap '' HUP; setsid /bin/sh -c {shlex.quote(script)} "
-            f"< /dev/null > {directory}/log 2>&1 & "
-            f"until [ -s {directory}/pid ]; do sleep 0.1; done"
+            directory,
+            f"trap '' HUP; setsid /bin/sh -c {shlex.quote(script)} < /dev/null > log 2>&1 & "
+            "until [ -s pid ]; do sleep 0.1; done",
         )
 
     def _follow(self, directory: str, host: str) -> int:
@@ -108,10 +108,11 @@ class ActionModule(ActionBase):
         while True:
             # The process is checked before its exit code: it writes the code before it ends.
             state, _, line = self._shell_out(
-                f"kill -0 $(cat {directory}/pid) 2> /dev/null && running=1; "
-                f"if [ -s {directory}/exit ]; then cat {directory}/exit; "
+                directory,
+                "kill -0 $(cat pid) 2> /dev/null && running=1; "
+                "if [ -s exit ]; then cat exit; "
                 'elif [ "$running" ]; then echo running; else echo gone; fi; '
-                f"tail -n 1 {directory}/log | head -c 100"
+                "tail -n 1 log | head -c 100",
             ).partition("\n")
             if state == "gone":
                 raise AnsibleActionFail(
@@ -127,9 +128,11 @@ class ActionModule(ActionBase):
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_POLL_SECONDS)
 
-    def _shell_out(self, command: str, sudoable: bool = True) -> str:
-        """Run a short shell command on the worker and return what it printed."""
-        ran = self._low_level_execute_command(command, sudoable=sudoable)
+    def _shell_out(self, directory: str, command: str, sudoable: bool = True) -> str:
+        """Run a short shell command in ``directory`` on the worker; return what it printed."""
+        ran = self._low_level_execute_command(
+            command, sudoable=sudoable, chdir=shlex.quote(directory)
+        )
         if ran["rc"]:
             raise AnsibleActionFail(
                 f"A command failed on the worker: {command[:200]}: "

@@ -116,16 +116,16 @@ def test_an_image_is_labelled_with_the_version_that_builds_it(tmp_path, installe
     assert f"org.opencontainers.image.version={version}" in labels
 
 
-def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_path):
+def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     command = template(
         "tasks/ship.yml", "Archive the layers that workers lack",
         trainer_image_name="trainer", trainer_image_stack="release",
-        trainer_image_source_dir=str(tmp_path),
         trainer_image__found={"images": [{"RootFS": {"Layers": []}}]},
         trainer_image__images_of_workers=[[]],
     )  # fmt: skip
 
-    (tmp_path / ".cache").mkdir()
+    (tmp_path / "mixtral-tpu").mkdir()
     image, docker = tmp_path / "image.tar", tmp_path / "docker"
     image.write_bytes(archive(NAMES["by digests"]))
     docker.write_text(f"#!/bin/sh\nsleep 0.5; cat {image}\n")
@@ -133,5 +133,5 @@ def test_an_archive_that_an_interrupted_playbook_still_writes_is_waited_for(tmp_
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     saves = [subprocess.Popen(["sh", "-c", command], cwd=ROLE, env=env) for _ in range(2)]
     assert [save.wait(20) for save in saves] == [0, 0]
-    (made,) = (tmp_path / ".cache").iterdir()
+    (made,) = (tmp_path / "mixtral-tpu").iterdir()
     assert contents(gzip.decompress(made.read_bytes())) == contents(image.read_bytes())

@@ -23,7 +23,7 @@ def play(tmp_path):
             write_play(tmp_path, task),
             *options,
             inventory=write_inventory(tmp_path, {"here": {}}),
-            environment={"ANSIBLE_REMOTE_TMP": str(tmp_path / "remote")},
+            environment={"ANSIBLE_REMOTE_TMP": str(tmp_path / "remote directory")},
         )
 
     return run
@@ -44,7 +44,7 @@ def test_files_private_files_and_environment_arrive_and_go(play, tmp_path):
     assert ran.code == 0
     assert "changed=1" in ran.screen
     assert (tmp_path / "seen").read_text() == "ran\ndeep\nopen sesame\ndeep blue\n700\n"
-    assert list((tmp_path / "remote").iterdir()) == []
+    assert list((tmp_path / "remote directory").iterdir()) == []
     assert "sesame" not in ran.screen
 
 
@@ -55,7 +55,7 @@ def test_a_failure_shows_the_last_lines(play, tmp_path):
     assert "no space left" in ran.screen
     assert "\n        90" in ran.screen
     assert "\n        70" not in ran.screen
-    assert list((tmp_path / "remote").iterdir()) == []
+    assert list((tmp_path / "remote directory").iterdir()) == []
 
 
 def test_a_killed_command_is_not_waited_for(play):
@@ -67,8 +67,8 @@ def test_a_killed_command_is_not_waited_for(play):
 
 
 def test_progress_is_the_log_s_last_line(monkeypatch, tmp_path):
-    def shell_out(command: str) -> str:
-        return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True).stdout
+    def shell_out(directory: str, command: str) -> str:
+        return subprocess.check_output(["sh", "-c", command], cwd=directory, text=True)
 
     lines = []
     monkeypatch.setattr(run_with_progress, "SHOW_SECONDS", 0.1)
