@@ -34,7 +34,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": f"/runner/project/{Path(model).name}",
         "gmm": True,
         "max_steps": STEPS,
-        "train_runs_dir": "/runs",
+        "runs_dir": "/runs",
     }
     (env / "extravars").write_text(json.dumps(variables))
     return directory

@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def run(installed: Callable[..., Playbook], runs: Runs) -> Playbook:
     """A short run that ended well."""
-    wanted = {"gmm": True, "max_steps": STEPS, "train_runs_dir": str(runs.directory)}
+    wanted = {"gmm": True, "max_steps": STEPS, "runs_dir": str(runs.directory)}
     run = installed("mixtral.tpu.train", **SMALL_MODEL, **wanted)
     assert run.code == 0
     return run
