@@ -19,20 +19,21 @@ HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executa
 
 
 class Playbook:
-    """An ansible-playbook that runs in this repository.
+    """An ansible-playbook that runs in this repository, or in another ``directory``.
 
     ``variables`` are extra variables, ``environment`` is put over this process's own.
     """
 
     def __init__(
         self, name: str | Path, *options: str | Path, environment: Mapping[str, str] | None = None,
-        inventory: str | Path = "inventory/local", **variables: object,
+        inventory: str | Path = "inventory/local", directory: str | Path = ROOT,
+        **variables: object,
     ) -> None:  # fmt: skip
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("ansible-playbook"), f"--inventory={inventory}"]
             + [name, *options]
             + [f"--extra-vars={json.dumps({key: value})}" for key, value in variables.items()],
-            cwd=ROOT,
+            cwd=directory,
             # Molecule asks for colours.
             env=os.environ
             | {"ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
