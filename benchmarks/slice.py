@@ -59,7 +59,7 @@ def launch(workers: int) -> tuple[float, float]:
     """Start a run; return the seconds to the last start of a container, and from the first."""
     with tempfile.TemporaryDirectory() as runs:
         began = datetime.datetime.now(datetime.UTC)
-        _, ran = playbook("train.yml", gmm=True, train_runs_dir=runs, **SMALL_IMAGE)
+        _, ran = playbook("train.yml", gmm=True, runs_dir=runs, **SMALL_IMAGE)
         ends = [
             json.loads(path.read_text()) for path in Path(runs).glob("latest/workers/*/exit.json")
         ]

@@ -32,7 +32,7 @@ def train(playbook: Start, runs: Runs, text: Path) -> Start:
             "gmm": True,
             "train_file": str(text),
             "max_steps": 1_000_000,
-            "train_runs_dir": str(runs.directory),
+            "runs_dir": str(runs.directory),
         }
         return playbook("train.yml", *options, **(SMALL_MODEL | small | variables))
 

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.slices.simulated_slice import WORKERS, Playbook, Runs, Worker, wait_until
 
@@ -73,7 +74,7 @@ def test_a_network_that_is_gone_for_longer_than_the_lease(
 
 
 def test_a_run_after_a_dead_run_is_left_to_itself(
-    train: Start, playbook: Start, runs: Runs, w1: Worker
+    train: Start, playbook: Start, tmp_path: Path, w1: Worker
 ) -> None:
     w1.run("docker rm --force mixtral-trainer || true")
     w1.run("docker create --name mixtral-trainer --label run_id=dead mixtral-trainer:release")
@@ -84,7 +85,7 @@ def test_a_run_after_a_dead_run_is_left_to_itself(
         "Remove the container of an earlier run",
         "Remove the libtpu lock of a dead process",
     ):
-        said = detached.screen.partition(f"TASK [train : {task}]")[2].partition("TASK")[0]
+        said = detached.screen.partition(f"TASK [mixtral.tpu.train : {task}]")[2].partition("TASK")[0]
         assert "changed: [sim-w1]" in said
     status = playbook("status.yml")
     assert status.end() == 0
@@ -92,5 +93,8 @@ def test_a_run_after_a_dead_run_is_left_to_itself(
     other = train(max_steps=MANY_STEPS + 1)
     assert other.end() != 0
     assert f"with other variables (--max_steps {MANY_STEPS})" in other.table
-    runs.assert_healthy(train(max_steps=MANY_STEPS), MANY_STEPS)
-    assert runs.number() == 1
+    # From a controller that has nothing of the run
+    elsewhere = Runs(tmp_path / "elsewhere")
+    follower = train(max_steps=MANY_STEPS, runs_dir=str(elsewhere.directory))
+    elsewhere.assert_healthy(follower, MANY_STEPS)
+    assert elsewhere.number() == 1

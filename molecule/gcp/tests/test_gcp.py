@@ -61,7 +61,7 @@ def finished(
         finished,
         inventory="inventory/gcp",
         environment=environment,
-        train_runs_dir=str(tmp_path_factory.mktemp("runs")),
+        runs_dir=str(tmp_path_factory.mktemp("runs")),
     )
 
 

@@ -25,7 +25,7 @@ def finished(finished: Start, hub: Hub, authority: tuple, guides: dict, runs: Ru
     reach = {"HF_ENDPOINT": hub.endpoint, "SSL_CERT_FILE": str(authority[1])}
 
     def run(name: str, *options: str, token: str = "", **variables: object) -> Playbook:
-        variables = {"train_runs_dir": str(runs.directory)} | guides | variables
+        variables = {"runs_dir": str(runs.directory)} | guides | variables
         environment = reach | {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token}
         return finished(name, *options, environment=environment, **variables)
 

@@ -150,7 +150,7 @@ def train(native: Finished, installed: Playbook, runs: Runs, tmp_path: Path) -> 
         small = {
             "gmm": True,
             "train_file": str(text),
-            "train_runs_dir": str(runs.directory),
+            "runs_dir": str(runs.directory),
         }
         return native("train.yml", **(SMALL_MODEL | small | variables))
 

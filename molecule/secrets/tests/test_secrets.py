@@ -95,7 +95,7 @@ def story(
         run = Playbook(
             name, "-vvv", "--diff", *options,
             environment=reach | {"NO_PROXY": "127.0.0.1", "HF_TOKEN": token},
-            **({"train_runs_dir": str(story.brought_home)} | guides | more),
+            **({"runs_dir": str(story.brought_home)} | guides | more),
         )  # fmt: skip
         # Thousands of lines
         with redirect_stdout(io.StringIO()):

@@ -19,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def finished(finished: Callable[..., Playbook], runs: Runs) -> Callable[..., Playbook]:
-    return partial(finished, train_runs_dir=str(runs.directory))
+    return partial(finished, runs_dir=str(runs.directory))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_run_is_stopped_on_every_worker_and_resumed(
     assert refused.code != 0
     assert "resume is must, and this worker has no checkpoint of" in refused.table
     flags = SMALL_MODEL | {"gmm": True, "save_strategy": "steps", "run_name": "interrupted"}
-    run = playbook("train.yml", train_runs_dir=str(runs.directory), max_steps=1_000_000, **flags)
+    run = playbook("train.yml", runs_dir=str(runs.directory), max_steps=1_000_000, **flags)
     run.wait_for(" step ")
     assert finished("stop.yml").code == 0
     assert run.end() != 0
