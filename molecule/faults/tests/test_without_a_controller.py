@@ -85,9 +85,8 @@ def test_a_run_after_a_dead_run_is_left_to_itself(
         "Remove the container of an earlier run",
         "Remove the libtpu lock of a dead process",
     ):
-        said = detached.screen.partition(f"TASK [mixtral.tpu.train : {task}]")[2].partition("TASK")[
-            0
-        ]
+        heading = f"TASK [mixtral.tpu.train : {task}]"
+        said = detached.screen.partition(heading)[2].partition("TASK")[0]
         assert "changed: [sim-w1]" in said
     status = playbook("status.yml")
     assert status.end() == 0
