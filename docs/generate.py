@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,20 @@ def sections() -> list[dict[str, Any]]:
     return [section for section in found.values() if section["rows"]]
 
 
+def settings_of(defaults: Path) -> defaultdict[str, str | None]:
+    """Return the setting that each default of a role takes its value from; else None."""
+    helpers = read_variables(ROOT / "roles/mixtral/vars")
+    return defaultdict(
+        lambda: None,
+        {
+            variable: PREFIX + name
+            for variable, expression in read_variables(defaults).items()
+            for name, key in sources(expression, helpers)
+            if not key
+        },
+    )
+
+
 def role_sections() -> Iterator[dict[str, Any]]:
     """Yield every role: its name, the variables that public names set, and its other options."""
     helpers = read_variables(ROOT / "roles/mixtral/vars")
@@ -278,7 +293,10 @@ def documents() -> Iterator[tuple[Path, str]]:
     for path in sorted(ROOT.glob("roles/*/meta/argument_specs.yml")):
         specs = yaml.safe_load(path.read_text(encoding="utf-8"))["argument_specs"]
         role = path.parent.parent
-        yield role / "README.md", role_page.render(name=role.name, entry_points=specs)
+        page = role_page.render(
+            name=role.name, entry_points=specs, settings=settings_of(role / "defaults")
+        )
+        yield role / "README.md", page
     variables_page = environment.get_template("variables.md.j2")
     yield (
         ROOT / "docs" / "variables.md",
