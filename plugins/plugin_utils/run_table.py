@@ -227,7 +227,8 @@ def run_table(
     worker without an exit.json, which has failed before its trainer ran.
     """
     report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
-    inside = run_dir.is_relative_to(Path.cwd())
+    # A path from / is not read as one without it.
+    inside = run_dir.is_relative_to(Path.cwd()) and Path.cwd() != Path("/")
     displayed = os.path.relpath(run_dir) if inside else str(run_dir)
     measured = (report["loss"]["first"] or report["step_time_s"]["p50"]) is not None
     rows = [*(results(report) if measured else []), ("artifacts", displayed)]

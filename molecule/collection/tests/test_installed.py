@@ -78,7 +78,7 @@ def test_a_run_leaves_its_report_where_it_was_told_to(run: Playbook, runs: Runs)
     assert run.recap.count("failed=0") == len(WORKERS)
     # No callback of ours is enabled here, so a task shows the table.
     assert "step time" in run.screen.partition("PLAY RECAP")[0]
-    assert f"{runs.directory}" in run.screen
+    assert f" {runs.directory}/" in run.screen
     report = json.loads((runs.directory / "latest/report.json").read_text())
     assert report["status"] == "succeeded"
     assert [runs.steps(name) for name in WORKERS] == [list(range(STEPS))] * len(WORKERS)

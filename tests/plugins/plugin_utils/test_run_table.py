@@ -100,6 +100,7 @@ def test_what_the_tpu_says_of_a_worker_stands_with_it(tmp_path):
 def test_a_run_says_where_it_is(tmp_path, monkeypatch):
     run_dir = write_run(tmp_path / "runs/r")
     (run_dir / "report.html").touch()
+    monkeypatch.chdir("/")
     assert run_table(run_dir, {}).results[-2:] == [
         f"  artifacts            {run_dir}",
         f"  report               {run_dir}/report.html",
