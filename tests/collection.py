@@ -1,6 +1,14 @@
-"""Import this to be able to import ``ansible_collections.mixtral.tpu``, as Ansible itself does."""
+"""The collection in the tests' own Python."""
+
+from functools import cache
 
 from ansible.plugins.loader import init_plugin_loader
 
-# Finds the collection below collections/, which ansible.cfg names.
-init_plugin_loader()
+
+@cache
+def make_importable() -> None:
+    """Let ``ansible_collections.mixtral.tpu`` be imported, as in Ansible's own programs.
+
+    It is found below collections/, which ansible.cfg names.
+    """
+    init_plugin_loader()

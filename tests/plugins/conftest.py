@@ -1,3 +1,5 @@
-"""Make the collection importable."""
+"""The tests here import the collection."""
 
-import tests.collection  # noqa: F401
+from tests.collection import make_importable
+
+make_importable()
